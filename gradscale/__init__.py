@@ -1,0 +1,60 @@
+"""gradscale: per-example gradients of transformers, measured at scale.
+
+Everything is imported on first use, so that `import gradscale` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gradscale.errors import GradscaleError as GradscaleError
+    from gradscale.errors import OutOfMemory as OutOfMemory
+    from gradscale.errors import ShardsFailed as ShardsFailed
+    from gradscale.measures.coherence import Coherence as Coherence
+    from gradscale.measures.dispersion import Dispersion as Dispersion
+    from gradscale.measures.gaussian_width import GaussianWidth as GaussianWidth
+    from gradscale.measures.measure import Estimate as Estimate
+    from gradscale.measures.measure import MicroBatch as MicroBatch
+    from gradscale.run.job import Progress as Progress
+    from gradscale.run.job import measure as measure
+    from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
+    from gradscale.store.results import Run as Run
+    from gradscale.store.results import open_run as open_run
+    from gradscale.task import Examples as Examples
+    from gradscale.task import Task as Task
+    from gradscale.task import TensorExamples as TensorExamples
+    from gradscale.tasks.tables import JsonlExamples as JsonlExamples
+    from gradscale.tasks.tables import ParquetExamples as ParquetExamples
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "GradscaleError": "gradscale.errors",
+    "OutOfMemory": "gradscale.errors",
+    "ShardsFailed": "gradscale.errors",
+    "Coherence": "gradscale.measures.coherence",
+    "Dispersion": "gradscale.measures.dispersion",
+    "GaussianWidth": "gradscale.measures.gaussian_width",
+    "Estimate": "gradscale.measures.measure",
+    "MicroBatch": "gradscale.measures.measure",
+    "Progress": "gradscale.run.job",
+    "measure": "gradscale.run.job",
+    "GaussianSketch": "gradscale.sketches.gaussian",
+    "Run": "gradscale.store.results",
+    "open_run": "gradscale.store.results",
+    "Examples": "gradscale.task",
+    "Task": "gradscale.task",
+    "TensorExamples": "gradscale.task",
+    "JsonlExamples": "gradscale.tasks.tables",
+    "ParquetExamples": "gradscale.tasks.tables",
+}
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gradscale' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

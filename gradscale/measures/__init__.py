@@ -1,0 +1,13 @@
+"""The measures, by the name that `--measures` takes."""
+
+from __future__ import annotations
+
+from gradscale.measures.coherence import Coherence
+from gradscale.measures.dispersion import Dispersion
+from gradscale.measures.gaussian_width import GaussianWidth
+
+MEASURES: dict[str, type[Coherence | Dispersion | GaussianWidth]] = {
+    "coherence": Coherence,
+    "dispersion": Dispersion,
+    "gaussian_width": GaussianWidth,
+}

@@ -1,0 +1,105 @@
+"""The Measure protocol, and what a measure is given and gives back.
+
+A `Statistic` is what is added up over the data: a commutative monoid (`init` is its unit, `merge` its
+operation) with `update`, which takes in one microbatch. A `Measure` computes estimates from the final
+state of one statistic. Two measures whose `statistic` is equal share one state, so that coherence and
+dispersion together hold the sum of gradients once. A class with all five methods is both at once.
+
+Shapes: B examples, L parameters, P entries of one parameter, K outputs of a linear map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+
+from torch import Tensor
+
+from gradscale.grads.readings import GradientSums, Projected, Reading
+
+S = TypeVar("S", bound=NamedTuple)
+
+STATUSES = ("identity", "estimator", "heuristic", "conditional")
+
+
+class Estimate(NamedTuple):
+    """One number with its error.
+
+    `stderr` is None where the value is exact, NaN where the error cannot be told (a single block).
+    `scope` is `all`, `union`, `layer:<parameter>` or `class:<a>[,<b>]`.
+    """
+
+    value: float
+    stderr: float | None
+    n: int
+    status: str
+    definition: str
+    unit: str
+
+
+class MicroBatch(NamedTuple):
+    """The readings of the finite examples of one microbatch; examples with a non-finite loss or gradient are left out.
+
+    `block` numbers the jackknife block (a contiguous run of shards) that the microbatch belongs to.
+    `sums[reading][class or None][parameter]` is [P]; `projections[reading]` is [B, K].
+    """
+
+    ids: Tensor  # [B] int64
+    losses: Tensor  # [B] float64
+    labels: Tensor | None  # [B] int64
+    layers: tuple[str, ...]  # L parameter names, the columns of sq_norms
+    sq_norms: Tensor  # [B, L] float64
+    sums: Mapping[GradientSums, Mapping[int | None, Mapping[str, Tensor]]]
+    projections: Mapping[Projected, Tensor]
+    block: int
+
+
+@runtime_checkable
+class Statistic(Protocol[S]):
+    """What is added up. S is a NamedTuple of tensors or of mappings from string to tensor.
+
+    Instances are frozen, hashable settings; `update` and `merge` leave their arguments untouched.
+    """
+
+    @property
+    def needs(self) -> frozenset[Reading]: ...
+
+    def init(self) -> S: ...
+
+    def update(self, state: S, batch: MicroBatch) -> S: ...
+
+    def merge(self, left: S, right: S) -> S: ...
+
+
+Estimates = Mapping[tuple[str, str], Estimate]  # (name, scope) -> Estimate
+
+
+@runtime_checkable
+class Measure(Protocol):
+    """Settings only: a frozen dataclass. `statistic` defaults to the measure itself.
+
+    `summary` is one line for `gradscale measures`: definition, cost, source.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def summary(self) -> str: ...
+
+    def compute(self, state: Any) -> Estimates: ...
+
+
+@runtime_checkable
+class OverSteps(Protocol):
+    """A measure that also has a value for several checkpoints together."""
+
+    def compute_over_steps(self, states: Sequence[Any]) -> Estimates:
+        """Estimates for the union of the checkpoints, `states` in step order; their scope is `union`."""
+        ...
+
+
+def statistic_of(measure: Measure) -> Statistic[Any]:
+    statistic = getattr(measure, "statistic", measure)
+    assert isinstance(statistic, Statistic), f"{measure} has no statistic"
+    return statistic

@@ -1,0 +1,162 @@
+"""The first two moments of per-example gradients, by jackknife block: what coherence and dispersion are made of.
+
+For every block of examples b: the count n_b, the sums of squared norms Q_b per parameter and the sum of
+gradients S_b per parameter. Everything else follows from n, Q and the Gram matrix <S_a, S_b> of the
+blocks, leave-one-block-out values included.
+
+Shapes: J blocks, L parameters, P entries of one parameter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradscale.grads.readings import GradientSums, Reading, SquaredNorms
+from gradscale.measures.measure import MicroBatch
+
+_SEPARATOR = "|"
+
+
+class MomentsState(NamedTuple):
+    """Keys are `block|class` (class `*` for all), and `block|class|parameter` for the sums. A commutative monoid."""
+
+    counts: Mapping[str, Tensor]  # [] int64
+    sq_norms: Mapping[str, Tensor]  # [L] float64
+    sums: Mapping[str, Tensor]  # [P] float64
+
+
+class Moments(NamedTuple):
+    """The moments of one group of examples in J blocks, for one scope (a parameter, or all of them)."""
+
+    counts: Tensor  # [J] float64
+    sq_norms: Tensor  # [J] float64
+    gram: Tensor  # [J, J] float64, <S_a, S_b>
+
+    @property
+    def n(self) -> int:
+        return int(self.counts.sum())
+
+
+@dataclass(frozen=True)
+class MomentsStatistic:
+    """Counts, squared norms and exact sums of gradients. State: J (C + 1) P numbers in float64, C for by_class."""
+
+    by_class: bool = False
+
+    @property
+    def needs(self) -> frozenset[Reading]:
+        always: frozenset[Reading] = frozenset({SquaredNorms(), GradientSums()})
+        return always | {GradientSums(by_class=True)} if self.by_class else always
+
+    def init(self) -> MomentsState:
+        return MomentsState({}, {}, {})
+
+    def update(self, state: MomentsState, batch: MicroBatch) -> MomentsState:
+        return self.merge(state, self._of(batch))
+
+    def merge(self, left: MomentsState, right: MomentsState) -> MomentsState:
+        return MomentsState(*(_add(a, b) for a, b in zip(left, right, strict=True)))
+
+    def _of(self, batch: MicroBatch) -> MomentsState:
+        counts: dict[str, Tensor] = {}
+        sq_norms: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
+        for reading in self.needs:
+            if not isinstance(reading, GradientSums):
+                continue
+            for group, by_parameter in batch.sums[reading].items():
+                member = _members(batch, group)
+                key = _key(batch.block, group)
+                counts[key] = member.sum()
+                sq_norms[key] = batch.sq_norms[member].sum(dim=0)
+                sums |= {f"{key}{_SEPARATOR}{name}": total.double() for name, total in by_parameter.items()}
+        return MomentsState(counts, sq_norms, sums)
+
+
+def classes(state: MomentsState) -> list[int]:
+    """The classes that `state` has sums for, ascending."""
+    groups = {key.split(_SEPARATOR)[1] for key in state.counts}
+    return sorted(int(group) for group in groups - {"*"})
+
+
+def moments(state: MomentsState, group: int | None = None) -> dict[str, Moments]:
+    """The moments of all parameters together (scope `all`) and of each (scope `layer:<parameter>`).
+
+    Blocks without a finite example are left out.
+    """
+    layers = layers_of(state)
+    ours = sorted(key for key in state.counts if key.split(_SEPARATOR)[1] == _group_name(group))
+    keys = [key for key in ours if int(state.counts[key])] or ours[:1]
+    counts = torch.stack([state.counts[key] for key in keys]).double()
+    sq_norms = torch.stack([state.sq_norms[key] for key in keys])
+    found = {
+        f"layer:{name}": Moments(
+            counts, sq_norms[:, j], _gram([state.sums[f"{key}{_SEPARATOR}{name}"] for key in keys])
+        )
+        for j, name in enumerate(layers)
+    }
+    total = torch.stack([part.gram for part in found.values()]).sum(dim=0)
+    return {"all": Moments(counts, sq_norms.sum(dim=1), total), **found}
+
+
+def layers_of(state: MomentsState) -> list[str]:
+    """The parameters that `state` has sums for, sorted: the order in which they are added up."""
+    first = min(state.counts) + _SEPARATOR
+    return sorted(key.removeprefix(first) for key in state.sums if key.startswith(first))
+
+
+Value = Callable[[float, float, float], float]  # of n, Q = sum |g_i|^2 and |S|^2 = |sum g_i|^2
+
+
+def jackknife(parts: Moments, value: Value) -> tuple[float, float]:
+    """value(n, Q, |S|^2) over all blocks, and its delete-one-block jackknife standard error.
+
+    The blocks may have unequal sizes: Busing, Meijer and van der Leeden (1999), "Delete-m jackknife for
+    unequal m", equations 3 and 4. NaN where there are fewer than two blocks.
+    """
+    n, q, norm = float(parts.counts.sum()), float(parts.sq_norms.sum()), float(parts.gram.sum())
+    full = value(n, q, norm)
+    blocks = len(parts.counts)
+    if blocks < 2:
+        return full, math.nan
+    cross = parts.gram.sum(dim=1)
+    weights = n / parts.counts  # h_j
+    left_out = [
+        value(n - float(parts.counts[j]), q - float(parts.sq_norms[j]), norm - float(2 * cross[j] - parts.gram[j, j]))
+        for j in range(blocks)
+    ]
+    without = torch.tensor(left_out, dtype=torch.float64)
+    mean = blocks * full - float(((1 - 1 / weights) * without).sum())
+    pseudo = weights * full - (weights - 1) * without
+    variance = float(((pseudo - mean) ** 2 / (weights - 1)).sum()) / blocks
+    return full, math.sqrt(variance)
+
+
+def _gram(sums: Sequence[Tensor]) -> Tensor:
+    stacked = torch.stack(list(sums))
+    return stacked @ stacked.mT
+
+
+def _members(batch: MicroBatch, group: int | None) -> Tensor:
+    if group is None:
+        return torch.ones(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
+    assert batch.labels is not None
+    return batch.labels == group
+
+
+def _key(block: int, group: int | None) -> str:
+    return f"{block:04d}{_SEPARATOR}{_group_name(group)}"
+
+
+def _group_name(group: int | None) -> str:
+    return "*" if group is None else str(group)
+
+
+def _add(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {**left, **{key: left[key] + value if key in left else value for key, value in right.items()}}

@@ -1,0 +1,86 @@
+"""The check before a run: are the per-example gradients that the hooks see those that autograd knows?
+
+Two comparisons on a few examples catch what no rule can see from inside: a parameter that is used behind
+its module's back, and examples that influence one another.
+
+Shapes: B examples, L parameters.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradscale.errors import GradscaleError
+from gradscale.grads.readings import GradientSums, SquaredNorms
+from gradscale.run.shard import Subject, batch_size, labels_of, load_batch, read_batch
+from gradscale.task import Batch
+
+_EXAMPLES = 4
+_ATTEMPTS = 8
+
+
+def check_subject(subject: Subject) -> None:
+    """Compare with autograd on the first examples whose losses and gradients are finite.
+
+    (i) The sum of the per-example gradients is the gradient of the summed losses, for every parameter;
+    (ii) the first example has the same loss and gradient norms alone as beside the others.
+    Raises: GradscaleError naming the parameters that differ.
+    """
+    total = len(subject.examples)
+    for start in range(0, min(total, _ATTEMPTS * _EXAMPLES), _EXAMPLES):
+        ids = range(start, min(start + _EXAMPLES, total))
+        batch = load_batch(subject, ids)
+        labels_of(subject.task, batch)
+        readings = read_batch(subject, batch, frozenset({SquaredNorms(), GradientSums()}), None)
+        if readings.finite.all():
+            _check_sums(subject, batch, readings.sums[GradientSums()][None])
+            _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings.sq_norms[0])
+            return
+
+
+def _check_sums(subject: Subject, batch: Batch, sums: object) -> None:
+    assert isinstance(sums, dict)
+    names, parameters = list(subject.parameters), list(subject.parameters.values())
+    with torch.enable_grad():
+        losses = subject.task.losses(subject.model, batch)
+        exact = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
+    pairs = {
+        name: (sums[name].double(), torch.zeros_like(sums[name]).double() if g is None else g.flatten().double())
+        for name, g in zip(names, exact, strict=True)
+    }
+    scale = float(torch.stack([g.norm() for _, g in pairs.values()]).norm())
+    wrong = [
+        name
+        for name, (ours, theirs) in pairs.items()
+        if not float((ours - theirs).norm()) <= _tolerance(subject, float(theirs.norm()), scale)
+    ]
+    if wrong:
+        raise GradscaleError(
+            f"the per-example gradients must add up to autograd's gradient, got another sum for {', '.join(wrong)}: "
+            "the parameter is used by something other than its own module's forward, or through torch.no_grad(); "
+            "call the module, or leave the parameter out by --params"
+        )
+
+
+def _check_alone(subject: Subject, single: Batch, sq_norms: Tensor) -> None:
+    alone = read_batch(subject, single, frozenset({SquaredNorms()}), None)
+    assert batch_size(single) == 1
+    together, scale = sq_norms.sqrt(), float(sq_norms.sum().sqrt())
+    wrong = [
+        name
+        for name, a, b in zip(subject.parameters, alone.sq_norms[0].sqrt().tolist(), together.tolist(), strict=True)
+        if not abs(a - b) <= _tolerance(subject, b, scale)
+    ]
+    if wrong:
+        raise GradscaleError(
+            f"an example must have the same gradient alone as within a batch, got another for {', '.join(wrong)}: "
+            "the losses or the model mix examples (batch statistics, a mean over the batch, padding that is "
+            "attended to, an output whose first dimension is not the batch)"
+        )
+
+
+def _tolerance(subject: Subject, size: float, scale: float) -> float:
+    """What rounding may do to a vector of norm `size` in a gradient of norm `scale`."""
+    eps = max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values())
+    return float(4 * eps**0.5 * size + 100 * eps * scale)

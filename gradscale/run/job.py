@@ -1,0 +1,246 @@
+"""The main job: plan, measure every unit on a pool of workers, commit each once, estimate.
+
+A run that exists is resumed: what is committed is kept, the rest is done, and the estimates come out with the
+same bytes as those of an undisturbed run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gradscale.checkpoints import Checkpoint, resolve
+from gradscale.checkpoints import fingerprint as checkpoint_fingerprint
+from gradscale.errors import GradscaleError, ShardsFailed
+from gradscale.measures.coherence import Coherence
+from gradscale.measures.dispersion import Dispersion
+from gradscale.measures.gaussian_width import GaussianWidth
+from gradscale.measures.measure import Measure
+from gradscale.measures.settings import check_measures, json_values, settings_of
+from gradscale.run.plan import Plan, check_positive, differences
+from gradscale.run.pool import Failure, Pool, Resources, ray_session
+from gradscale.run.worker import Description, Job
+from gradscale.sketches import Sketch, parse_sketch
+from gradscale.store.files import Files
+from gradscale.store.results import Run
+from gradscale.store.store import PLAN, Store
+from gradscale.task import Task, check_task, load_task
+
+
+class Progress(NamedTuple):
+    """How far a run is: `done` of `total` examples over all steps, `fresh` of them in the `seconds` of this call."""
+
+    done: int
+    total: int
+    fresh: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Examples per second; 0 before the first shard is done."""
+        return self.fresh / self.seconds if self.seconds else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        return (self.total - self.done) / self.rate if self.rate else None
+
+
+def measure(
+    task: Task | str,
+    out: str,
+    measures: Sequence[Measure] = (Coherence(), Dispersion(), GaussianWidth()),
+    checkpoints: Sequence[str] | Mapping[int, str] | None = None,
+    workers: int = 2,
+    microbatch: int = 32,
+    shard_size: int = 256,
+    sketch: Sketch | str | None = None,
+    params: str | None = None,
+    seed: int = 0,
+    gpus_per_worker: float = 0,
+    threads_per_worker: int = 1,
+    address: str | None = None,
+    task_options: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> Run:
+    """Measure per-example gradients of a task at every checkpoint, sharded over Ray actors, into the folder `out`.
+
+    `checkpoints`: paths, globs or folders of checkpoints, whose step is the number in their name, or a mapping from
+    step to path; None measures the initial weights as step 0. `sketch` is a Sketch or NAME:K. `params` is a regular
+    expression for the parameters to measure. `address` joins a running Ray cluster; None starts one in this process,
+    or joins RAY_ADDRESS.
+
+    Raises: GradscaleError for what the user can put right; OutOfMemory with the microbatch size to try; ShardsFailed
+    once all other shards are committed, if some raised on every attempt.
+    """
+    check_positive(workers=workers, microbatch=microbatch, shard_size=shard_size, threads_per_worker=threads_per_worker)
+    options = dict(task_options or {})
+    name, task = _resolve_task(task, options)
+    steps = resolve(checkpoints)
+    job = Job(
+        task,
+        out,
+        check_measures(measures),
+        parse_sketch(sketch, seed) if isinstance(sketch, str) else sketch,
+        params,
+        microbatch,
+        threads_per_worker,
+        "cuda" if gpus_per_worker else "cpu",
+    )
+    store = open_store(out)
+    resources = Resources(threads_per_worker, gpus_per_worker)
+    with ray_session(address, workers, resources):
+        pool = Pool(job, workers, resources)
+        description = pool.call("describe", steps[0].path)
+        plan = _plan(job, name, options, steps, description, seed, shard_size)
+        _check_workers(workers, plan)
+        _check_labels(plan, job)
+        adopt(store, plan)
+        failures = _measure_units(pool, store, plan, on_progress)
+        _estimate(pool, store, plan)
+    _report_failures(failures)
+    return Run(store.files)
+
+
+def open_store(out: str) -> Store:
+    """The store at `out`, cleared of leftovers.
+
+    Raises: GradscaleError if `out` is neither new, nor an empty folder, nor a run.
+    """
+    files = Files(out)
+    if not files.exists(PLAN) and files.exists() and any(not name.endswith(".tmp") for name in files.list()):
+        raise GradscaleError(
+            f"out must be a new folder, an empty one or a gradscale run, got {out} with other files and no {PLAN}; "
+            "choose another folder"
+        )
+    list(files.delete_leftovers())
+    return Store(files)
+
+
+def adopt(store: Store, plan: Plan) -> None:
+    """Make `plan` the run's, or check that it is the one that the run has.
+
+    A plan under which nothing has been committed may be replaced.
+    Raises: GradscaleError listing the differences.
+    """
+    if store.files.exists(PLAN):
+        old = Plan.from_json(store.files.read(PLAN).to_pybytes().decode())
+        changed = differences(old, plan)
+        if changed and store.committed():
+            raise GradscaleError(
+                f"the settings must be those of the run that {store.files.root} already holds, got\n  "
+                + "\n  ".join(changed)
+                + "\nuse them again, or another --out"
+            )
+        if not changed:
+            return
+    store.files.write(PLAN, plan.to_json().encode())
+
+
+def _plan(
+    job: Job,
+    name: str,
+    options: Mapping[str, Any],
+    steps: Sequence[Checkpoint],
+    description: Description,
+    seed: int,
+    shard_size: int,
+) -> Plan:
+    return Plan(
+        task=name,
+        task_options=json_values(options),
+        checkpoints={str(c.step): {"path": c.path, "fingerprint": _fingerprint(c.path)} for c in steps},
+        examples=description.examples,
+        data_fingerprint=description.data_fingerprint,
+        parameters=description.parameters,
+        params=job.params,
+        labels=description.labels,
+        measures={measure.name: settings_of(measure) for measure in job.measures},
+        sketch=dict(job.sketch.scheme) if job.sketch is not None else None,
+        seed=seed,
+        shard_size=shard_size,
+        microbatch=job.microbatch,
+        threads_per_worker=job.threads,
+        device=job.device,
+        versions=description.versions,
+    )
+
+
+def _fingerprint(path: str | None) -> str | None:
+    return checkpoint_fingerprint(path) if path is not None else None
+
+
+def _measure_units(
+    pool: Pool, store: Store, plan: Plan, on_progress: Callable[[Progress], None] | None
+) -> list[Failure]:
+    """Measure and commit whatever is not committed yet."""
+    committed = store.committed()
+    units = [unit for unit in plan.units() if (unit.step, unit.shard) not in committed]
+    total = plan.examples * len(plan.steps)
+    fresh, started = 0, time.monotonic()
+    kept = total - sum(len(unit.ids) for unit in units)
+
+    def tell() -> None:
+        if on_progress is not None:
+            on_progress(Progress(kept + fresh, total, fresh, time.monotonic() - started))
+
+    def commit(record: dict[str, Any]) -> None:
+        nonlocal fresh
+        store.commit(record["step"], record["shard"], record)
+        fresh += record["stop"] - record["start"]
+        tell()
+
+    tell()
+    failures = pool.map("measure", [(plan, unit) for unit in units], commit)
+    for failure in failures:
+        unit = failure.item[1]
+        record = {**dataclasses.asdict(unit), "attempts": failure.attempts, "error": str(failure.error)}
+        store.record_failure(unit.step, unit.shard, record)
+    return failures
+
+
+def _estimate(pool: Pool, store: Store, plan: Plan) -> None:
+    """Write the estimates of the steps all of whose shards are committed."""
+    committed = store.committed()
+    steps = [step for step in plan.steps if all((step, shard) in committed for shard in range(plan.shards))]
+    rows: list[tuple[Any, ...]] = []
+    failures = pool.map("estimate", [(plan, step) for step in steps], rows.extend)
+    failures += pool.map("estimate_over_steps", [(plan, steps)], rows.extend)
+    if failures:
+        raise failures[0].error
+    order = {name: j for j, name in enumerate(plan.measures)}
+    store.write_estimates(sorted(rows, key=lambda row: (row[0], order[row[1]])))
+
+
+def _report_failures(failures: Sequence[Failure]) -> None:
+    """Raises: ShardsFailed naming the shards, if there are any."""
+    if failures:
+        lines = [f"{failure.item[1]}, {failure.attempts} attempts: {failure.error}" for failure in failures]
+        raise ShardsFailed(
+            f"{len(failures)} shards failed; the others are committed, and steps without all their shards have no "
+            "estimates. Run the same command again to try them anew.\n  " + "\n  ".join(lines)
+        )
+
+
+def _check_workers(workers: int, plan: Plan) -> None:
+    if workers > plan.examples:
+        raise GradscaleError(
+            f"workers must be at most the number of examples, {plan.examples}, got {workers}; use fewer workers"
+        )
+
+
+def _check_labels(plan: Plan, job: Job) -> None:
+    asking = [measure.name for measure in job.measures if getattr(measure, "by_class", False)]
+    if asking and not plan.labels:
+        raise GradscaleError(
+            f"estimates by class need task.labels(batch), got a task without it for {', '.join(asking)}"
+        )
+
+
+def _resolve_task(task: Task | str, options: Mapping[str, Any]) -> tuple[str, Task]:
+    if isinstance(task, str):
+        return task, load_task(task, **options)
+    kind = type(task)
+    name = f"{kind.__module__}:{kind.__qualname__}"
+    return name, check_task(task, name)

@@ -1,0 +1,218 @@
+"""Ray actors that hold a worker each and take items one by one; the only module that imports ray, with gang.py.
+
+Ray may run an item more than once; the commit record makes it count once. An actor that dies is restarted by
+Ray and its item is done again. An item that raises is tried up to three times.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gradscale.errors import GradscaleError, OutOfMemory
+from gradscale.run.shard import memory_message
+from gradscale.run.worker import Job, Worker
+
+_ATTEMPTS = 3
+_DEATHS = 5  # an item in whose hands so many actors died is given up: it kills them
+_POLL_SECONDS = 1.0
+_INLINE_BYTES = 1 << 16  # Ray sends arguments of this size with the call itself
+
+
+class Resources(NamedTuple):
+    """What one worker asks of the cluster."""
+
+    threads: int
+    gpus: float
+
+
+class Failure(NamedTuple):
+    item: Any
+    attempts: int
+    error: Exception
+
+
+@contextmanager
+def ray_session(address: str | None, workers: int, resources: Resources) -> Iterator[None]:
+    """Join the cluster at `address` (or RAY_ADDRESS, or the one this process has joined), else start one here.
+
+    Only a session that was started here is shut down at the end.
+    Raises: GradscaleError if there is no cluster at `address`.
+    """
+    _settings()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    joined = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if joined and joined != "local":
+            _use_token()
+            ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR)
+        else:
+            cpus = max(os.cpu_count() or 1, workers * resources.threads)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise GradscaleError(f"address must be that of a running Ray cluster, got {joined}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+class Pool:
+    """A fixed number of actors on the Ray cluster that this process has joined."""
+
+    def __init__(self, job: Job, workers: int, resources: Resources) -> None:
+        import ray
+
+        actor = ray.remote(Worker).options(
+            num_cpus=resources.threads, num_gpus=resources.gpus, max_restarts=-1, max_task_retries=0
+        )
+        pickled: bytes = ray.cloudpickle.dumps(job)
+        self._job = pickled if len(pickled) < _INLINE_BYTES else ray.put(pickled)  # held: actors restart from it
+        path = [str(Path(entry).resolve()) for entry in sys.path]
+        self._actors: list[Any] = [actor.remote(self._job, path) for _ in range(workers)]
+        self._microbatch = job.microbatch
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Run one method on whichever actor is up first; its last error is raised here."""
+        results: list[Any] = []
+        failures = self.map(method, [arguments], lambda result: results.append(result))
+        if failures:
+            raise failures[0].error
+        return results[0]
+
+    def map(self, method: str, items: Sequence[tuple[Any, ...]], on_result: Callable[[Any], None]) -> list[Failure]:
+        """Call `method(*item)` for every item on some actor; `on_result` runs here, once for each that succeeds.
+
+        Returns the items given up. Raises: OutOfMemory at once; GradscaleError if no actor can start.
+        """
+        dispatch = _Dispatch(self._actors, method, items, self._microbatch)
+        dispatch.run(on_result)
+        return dispatch.failures
+
+    def pids(self) -> list[int]:
+        """The actors' process ids."""
+        import ray
+
+        return [int(pid) for pid in ray.get([actor.ready.remote() for actor in self._actors])]
+
+
+class _Dispatch:
+    """One pass of items over actors. An actor gets its first item once it is up, so slow starters hold nothing back."""
+
+    def __init__(self, actors: list[Any], method: str, items: Sequence[tuple[Any, ...]], microbatch: int) -> None:
+        self.failures: list[Failure] = []
+        self._actors = actors
+        self._method = method
+        self._items = items
+        self._microbatch = microbatch
+        self._waiting = deque(range(len(items)))
+        self._idle: list[Any] = []
+        self._running: dict[Any, tuple[Any, int]] = {}  # reference -> (actor, index of its item)
+        self._starting = {actor.ready.remote(): actor for actor in actors}
+        self._raised: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()
+
+    def run(self, on_result: Callable[[Any], None]) -> None:
+        import ray
+
+        while self._waiting or self._running:
+            while self._waiting and self._idle:
+                actor, index = self._idle.pop(), self._waiting.popleft()
+                self._running[getattr(actor, self._method).remote(*self._items[index])] = (actor, index)
+            for reference in ray.wait([*self._running, *self._starting], timeout=_POLL_SECONDS)[0]:
+                if reference in self._starting:
+                    self._started(reference, self._starting.pop(reference))
+                else:
+                    self._finished(reference, *self._running.pop(reference), on_result)
+
+    def _started(self, reference: Any, actor: Any) -> None:
+        import ray
+
+        try:
+            ray.get(reference)
+            self._idle.append(actor)
+        except ray.exceptions.ActorDiedError as error:
+            self._drop(actor, error)
+        except ray.exceptions.RayActorError:
+            self._starting[actor.ready.remote()] = actor  # still restarting
+
+    def _finished(self, reference: Any, actor: Any, index: int, on_result: Callable[[Any], None]) -> None:
+        import ray
+
+        try:
+            result = ray.get(reference)
+        except ray.exceptions.RayActorError as error:
+            self._died(index, error)
+            if isinstance(error, ray.exceptions.ActorDiedError):
+                self._drop(actor, error)
+            else:
+                self._starting[actor.ready.remote()] = actor
+        except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+            self._died(index, error)
+            self._starting[actor.ready.remote()] = actor
+        except ray.exceptions.RayTaskError as error:
+            self._idle.append(actor)
+            self._raise_or_retry(index, error.cause or error)
+        else:
+            self._idle.append(actor)
+            on_result(result)
+
+    def _raise_or_retry(self, index: int, error: Exception) -> None:
+        if isinstance(error, OutOfMemory):
+            raise error
+        self._raised[index] += 1
+        if isinstance(error, GradscaleError) or self._raised[index] >= _ATTEMPTS:
+            self.failures.append(Failure(self._items[index], self._raised[index], error))
+        else:
+            self._waiting.append(index)
+
+    def _died(self, index: int, error: Exception) -> None:
+        self._deaths[index] += 1
+        if self._deaths[index] < _DEATHS:
+            self._waiting.appendleft(index)
+            return
+        hint = f"{_DEATHS} workers died over it, perhaps killed for memory: {memory_message(self._microbatch)}"
+        self.failures.append(
+            Failure(self._items[index], self._deaths[index], GradscaleError(f"{hint} ({_short(error)})"))
+        )
+
+    def _drop(self, actor: Any, error: Exception) -> None:
+        """An actor that Ray does not restart: it could not be made."""
+        self._actors.remove(actor)
+        if not self._actors:
+            raise GradscaleError(
+                f"a worker must be able to start, got {_short(error)}; the task must be importable or picklable there"
+            ) from error
+
+
+def _short(error: Exception) -> str:
+    """The last line of Ray's long messages that says something."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _settings() -> None:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+
+def _use_token() -> None:
+    """Ray 2.60 asks for a token where it wrote one, but its clients send it only when told to."""
+    if (Path.home() / ".ray" / "auth_token").exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -1,0 +1,217 @@
+"""Measure one shard: a range of examples at one checkpoint, in fixed microbatches. No Ray, no files.
+
+What comes back depends on the shard, the microbatch size, the weights and the device type alone, so that it
+does not matter which worker did it, or how often.
+
+Shapes: B examples of a microbatch, n of the shard, L parameters, K sketch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from gradscale.errors import GradscaleError, OutOfMemory
+from gradscale.grads.coverage import Site, select_parameters, sites
+from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, read_gradients
+from gradscale.measures.measure import MicroBatch, Statistic
+from gradscale.sketches import Sketch
+from gradscale.task import Batch, Examples, Task
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be measured: what does not change from shard to shard of one checkpoint."""
+
+    task: Task
+    model: nn.Module
+    examples: Examples
+    parameters: Mapping[str, nn.Parameter]
+    sites: tuple[Site, ...]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.parameters.values())).device
+
+
+class Columns(NamedTuple):
+    """The rows of a shard, column by column, in the order of the example ids; CPU tensors."""
+
+    example_id: Tensor  # [n] int64
+    label: Tensor | None  # [n] int64
+    loss: Tensor  # [n] float64
+    grad_sq_norm: Tensor  # [n] float64
+    layer_sq_norms: Tensor  # [n, L] float64
+    finite: Tensor  # [n] bool
+    sketch: Tensor | None  # [n, K] float32; meaningless where not finite
+
+
+class ShardResult(NamedTuple):
+    columns: Columns
+    states: dict[Statistic[Any], Any]  # on the CPU
+
+
+def prepare(task: Task, checkpoint: str | None, params: str | None, device: str = "cpu") -> Subject:
+    """Load the model of `checkpoint` and settle which module accounts for which parameter.
+
+    Raises: GradscaleError if a parameter is not covered, or the model's mode makes examples depend on one another
+    or on chance (BatchNorm or dropout in training mode).
+    """
+    model = task.model(checkpoint)
+    if not isinstance(model, nn.Module):
+        raise GradscaleError(f"task.model must return a torch.nn.Module, got {type(model).__name__}")
+    check_mode(model)
+    model = model.to(device)
+    parameters = select_parameters(model, params)
+    return Subject(task, model, task.examples(), parameters, sites(model, parameters))
+
+
+def check_mode(model: nn.Module) -> None:
+    """Raises: GradscaleError if a BatchNorm or an active dropout is in training mode."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
+            raise GradscaleError(
+                f"BatchNorm {name} must be in eval mode with running statistics, got batch statistics, under which an "
+                "example has no gradient of its own; return model.eval() from task.model()"
+            )
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
+            raise GradscaleError(
+                f"dropout {name} must be off, got p={module.p} in training mode, under which a gradient is different "
+                "every time; return model.eval() from task.model()"
+            )
+
+
+def run_shard(
+    subject: Subject,
+    ids: range,
+    block: int,
+    microbatch: int,
+    statistics: Sequence[Statistic[Any]],
+    sketch: Sketch | None,
+) -> ShardResult:
+    """The rows and the measures' states of the examples `ids`; `block` is their jackknife block.
+
+    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`.
+    """
+    states = {statistic: statistic.init() for statistic in statistics}
+    needs = _needs(statistics, sketch)
+    parts = []
+    for start in range(ids.start, ids.stop, microbatch):
+        part = range(start, min(start + microbatch, ids.stop))
+        with _explaining_memory(microbatch):
+            columns, batch = _read(subject, part, block, needs, sketch)
+        states = {statistic: statistic.update(state, batch) for statistic, state in states.items()}
+        parts.append(columns)
+    return ShardResult(_concatenate(parts), pytree.tree_map_only(Tensor, Tensor.cpu, states))
+
+
+def read_batch(subject: Subject, batch: Batch, readings: frozenset[Reading], labels: Tensor | None) -> Readings:
+    """The readings of one batch, which is on the subject's device."""
+
+    def losses(model: nn.Module) -> Tensor:
+        return subject.task.losses(model, batch)
+
+    size = batch_size(batch)
+    return read_gradients(subject.model, subject.sites, subject.parameters, losses, size, readings, labels)
+
+
+def load_batch(subject: Subject, ids: range) -> Batch:
+    """The examples `ids` on the subject's device.
+
+    Raises: GradscaleError if the batch does not have one row for each of them.
+    """
+    batch = {name: tensor.to(subject.device) for name, tensor in subject.examples.batch(ids).items()}
+    wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.shape[:1] != (len(ids),)}
+    if wrong or not batch:
+        raise GradscaleError(
+            f"examples.batch must return tensors with {len(ids)} rows for {ids}, got {wrong or 'none'}"
+        )
+    return batch
+
+
+def batch_size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def labels_of(task: Task, batch: Batch) -> Tensor | None:
+    """[B] int64 classes, or None if the task has no labels.
+
+    Raises: GradscaleError if they are not one integer per example.
+    """
+    method: Callable[[Batch], Tensor] | None = getattr(task, "labels", None)
+    if method is None:
+        return None
+    labels = method(batch)
+    if labels.shape != (batch_size(batch),) or labels.is_floating_point():
+        expected = f"integers of shape ({batch_size(batch)},)"
+        raise GradscaleError(f"labels must be {expected}, got {labels.dtype} of shape {tuple(labels.shape)}")
+    return labels.long()
+
+
+def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> frozenset[Reading]:
+    asked: frozenset[Reading] = frozenset({SquaredNorms()}).union(*(statistic.needs for statistic in statistics))
+    return asked | {Projected(sketch)} if sketch is not None else asked
+
+
+def _read(
+    subject: Subject, ids: range, block: int, needs: frozenset[Reading], sketch: Sketch | None
+) -> tuple[Columns, MicroBatch]:
+    batch = load_batch(subject, ids)
+    labels = labels_of(subject.task, batch)
+    readings = read_batch(subject, batch, needs, labels)
+    example_ids = torch.arange(ids.start, ids.stop, device=subject.device)
+    keep = readings.finite
+    columns = Columns(
+        example_ids,
+        labels,
+        readings.losses,
+        readings.sq_norms.sum(dim=1).where(keep, torch.nan),
+        readings.sq_norms.where(keep[:, None], torch.nan),
+        keep,
+        readings.projections[Projected(sketch)].float() if sketch is not None else None,
+    )
+    finite = MicroBatch(
+        example_ids[keep],
+        readings.losses[keep],
+        labels[keep] if labels is not None else None,
+        tuple(subject.parameters),
+        readings.sq_norms[keep],
+        readings.sums,
+        {reading: products[keep] for reading, products in readings.projections.items()},
+        block,
+    )
+    return pytree.tree_map_only(Tensor, Tensor.cpu, columns), finite
+
+
+def _concatenate(parts: Sequence[Columns]) -> Columns:
+    joined = (torch.cat(column) if column[0] is not None else None for column in zip(*parts, strict=True))
+    return Columns(*joined)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _explaining_memory(microbatch: int) -> Iterator[None]:
+    """Turns running out of memory into an error that says which microbatch size to try."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(memory_message(microbatch)) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def memory_message(microbatch: int) -> str:
+    if microbatch > 1:
+        return f"a worker ran out of memory with microbatch {microbatch}; try --microbatch {microbatch // 2}"
+    return "a worker ran out of memory with microbatch 1; give it more memory, or measure fewer parameters by --params"

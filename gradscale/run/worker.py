@@ -1,0 +1,144 @@
+"""What one process of a run does: load a checkpoint, measure units, fold steps. No Ray: `pool.py` makes it an actor."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from gradscale.errors import GradscaleError
+from gradscale.measures.measure import Measure
+from gradscale.run.check import check_subject
+from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
+from gradscale.run.plan import Plan, Unit
+from gradscale.run.shard import Subject, labels_of, load_batch, prepare, run_shard
+from gradscale.sketches import Sketch
+from gradscale.store.files import Files
+from gradscale.store.store import ShardColumns, Store
+from gradscale.task import Task, fingerprint
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know before there is a plan."""
+
+    task: Task
+    out: str
+    measures: tuple[Measure, ...]
+    sketch: Sketch | None
+    params: str | None
+    microbatch: int
+    threads: int
+    device: str
+
+
+class Description(NamedTuple):
+    """What a worker finds out about the task, for the plan."""
+
+    examples: int
+    data_fingerprint: str
+    parameters: dict[str, Any]
+    labels: bool
+    versions: dict[str, str]
+
+
+class Worker:
+    """Holds one loaded checkpoint at a time.
+
+    `job` is a pickled Job and `path` the driver's sys.path: what the driver can import, the worker can.
+    """
+
+    def __init__(self, job: bytes, path: Sequence[str]) -> None:
+        sys.path.extend(entry for entry in path if entry not in sys.path)
+        self._start(pickle.loads(job))
+
+    def _start(self, job: Job) -> None:
+        torch.set_num_threads(job.threads)
+        if job.device != "cpu":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self._job = job
+        self._store = Store(Files(job.out))
+        self._loaded: tuple[str | None, Subject] | None = None
+
+    def ready(self) -> int:
+        """The process id: the worker is up."""
+        return os.getpid()
+
+    def describe(self, checkpoint: str | None) -> Description:
+        """Load `checkpoint`, hold the hooks to autograd on its first examples, and say what the task is.
+
+        Raises: GradscaleError if the task cannot be measured.
+        """
+        subject = self._subject(checkpoint)
+        examples = len(subject.examples)
+        if not examples:
+            raise GradscaleError("the dataset must have at least one example, got 0; check --data")
+        check_subject(subject)
+        first = load_batch(subject, range(1))
+        return Description(
+            examples,
+            fingerprint(subject.examples),
+            _parameters(subject),
+            labels_of(subject.task, first) is not None,
+            _versions(self._job.device),
+        )
+
+    def measure(self, plan: Plan, unit: Unit) -> dict[str, Any]:
+        """Measure one shard and write its files; returns the content of its commit record."""
+        subject = self._subject(plan.checkpoints[str(unit.step)]["path"])
+        if _parameters(subject) != plan.parameters:
+            raise GradscaleError(
+                f"every checkpoint must have the parameters of the first one, got others at step {unit.step}; "
+                "measure it into a run of its own"
+            )
+        job = self._job
+        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), job.sketch)
+        written = self._store.write_shard(
+            unit.step,
+            unit.shard,
+            ShardColumns(*result.columns),
+            flatten(result.states),
+            list(plan.parameters),
+            job.sketch.scheme if job.sketch is not None else None,
+        )
+        return {
+            "step": unit.step,
+            "shard": unit.shard,
+            "start": unit.start,
+            "stop": unit.stop,
+            "nonfinite": int((~result.columns.finite).sum()),
+            "files": [list(file) for file in written],
+        }
+
+    def estimate(self, plan: Plan, step: int) -> list[EstimateRow]:
+        return estimate_step(self._store, plan, self._job.measures, step)
+
+    def estimate_over_steps(self, plan: Plan, steps: Sequence[int]) -> list[EstimateRow]:
+        return estimate_over_steps(self._store, plan, self._job.measures, steps)
+
+    def _subject(self, checkpoint: str | None) -> Subject:
+        if self._loaded is None or self._loaded[0] != checkpoint:
+            self._loaded = None  # free the one before
+            self._loaded = (checkpoint, prepare(self._job.task, checkpoint, self._job.params, self._job.device))
+        return self._loaded[1]
+
+
+def _parameters(subject: Subject) -> dict[str, Any]:
+    rules: Mapping[str, str] = {name: site.rule.__name__ for site in subject.sites for name in site.parameters.values()}
+    return {
+        name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "rule": rules[name]}
+        for name, p in subject.parameters.items()
+    }
+
+
+def _versions(device: str) -> dict[str, str]:
+    from gradscale import __version__
+
+    hardware = torch.cuda.get_device_name() if device != "cpu" else torch.backends.cpu.get_cpu_capability()
+    return {"gradscale": __version__, "torch": torch.__version__, "hardware": hardware}

@@ -1,0 +1,201 @@
+"""The run directory: commit a shard, list what is committed, read it back.
+
+A worker writes a shard's rows, sketches and states; the driver then writes the commit record. A shard
+exists once its record is there, so that work done twice is counted once. `results.py` is the reader's side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors
+import safetensors.torch
+import xxhash
+from torch import Tensor
+
+from gradscale.errors import GradscaleError
+from gradscale.store import schema
+from gradscale.store.files import Files
+
+PLAN = "run.json"
+ESTIMATES = "estimates.parquet"
+_ROW_GROUP = 8192
+
+
+class ShardColumns(NamedTuple):
+    """What `Store.write_shard` stores; see gradscale.run.shard.Columns. CPU tensors with n rows."""
+
+    example_id: Tensor
+    label: Tensor | None
+    loss: Tensor
+    grad_sq_norm: Tensor
+    layer_sq_norms: Tensor
+    finite: Tensor
+    sketch: Tensor | None
+
+
+class StoredFile(NamedTuple):
+    name: str
+    size: int
+    xxh3_64: str
+
+
+@dataclass(frozen=True)
+class Store:
+    """Reads and writes one run directory."""
+
+    files: Files
+
+    def write_shard(
+        self,
+        step: int,
+        shard: int,
+        columns: ShardColumns,
+        states: Mapping[str, Mapping[str, Tensor]],
+        parameters: Sequence[str],
+        scheme: Mapping[str, object] | None,
+    ) -> list[StoredFile]:
+        """Write the files of one shard, without its commit record; `states` is measure key -> flat tensors."""
+        written = [
+            self._write(_name("rows", step, shard, "parquet"), _parquet(_rows(step, shard, columns, parameters)))
+        ]
+        if columns.sketch is not None:
+            assert scheme is not None
+            table = _sketches(columns, scheme)
+            written.append(self._write(_name("sketches", step, shard, "parquet"), _parquet(table)))
+        written.append(self._write(_name("states", step, shard, "safetensors"), encode_states(states)))
+        return written
+
+    def commit(self, step: int, shard: int, record: Mapping[str, Any]) -> None:
+        """Write the commit record, the last file of a shard: from now on the shard exists.
+
+        Raises: GradscaleError if a file of the shard is not there in full.
+        """
+        for name, size, _ in record["files"]:
+            if self.files.size(name) != size:
+                raise GradscaleError(
+                    f"run directory {self.files.root} must be storage that every worker and the driver share, got no "
+                    f"complete {name} after a worker had written it; use a shared folder or a URI such as s3://"
+                )
+        self.files.delete(_name("failures", step, shard, "json"))
+        self.files.write(_name("commits", step, shard, "json"), json.dumps(record, indent=2).encode())
+
+    def record_failure(self, step: int, shard: int, record: Mapping[str, Any]) -> None:
+        self.files.write(_name("failures", step, shard, "json"), json.dumps(record, indent=2).encode())
+
+    def committed(self) -> set[tuple[int, int]]:
+        """(step, shard) of every committed shard."""
+        return {_step_and_shard(name) for name in self.files.list("commits") if name.endswith(".json")}
+
+    def commit_record(self, step: int, shard: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.files.read(_name("commits", step, shard, "json")).to_pybytes())
+        return found
+
+    def read_states(self, step: int, shard: int) -> dict[str, dict[str, Tensor]]:
+        return decode_states(self._read_committed(_name("states", step, shard, "safetensors"), step, shard))
+
+    def write_merged(self, step: int, states: Mapping[str, Mapping[str, Tensor]], shards: int) -> None:
+        """Write a step's states folded over its shards, then drop the shards' own."""
+        self.files.write(_merged(step), encode_states(states))
+        for shard in range(shards):
+            self.files.delete(_name("states", step, shard, "safetensors"))
+
+    def read_merged(self, step: int) -> dict[str, dict[str, Tensor]] | None:
+        """A step's folded states, or None if its shards have not been folded yet."""
+        return decode_states(self.files.read(_merged(step)).to_pybytes()) if self.files.exists(_merged(step)) else None
+
+    def write_estimates(self, rows: Iterable[tuple[Any, ...]]) -> None:
+        """Write estimates.parquet: one tuple a row, in the order of the schema's fields."""
+        kind = schema.estimates()
+        columns = list(zip(*rows, strict=True)) or [()] * len(kind)
+        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, kind, strict=True)]
+        self.files.write(ESTIMATES, _parquet(pa.Table.from_arrays(arrays, schema=kind)))
+
+    def _write(self, name: str, content: bytes | pa.Buffer) -> StoredFile:
+        return StoredFile(name, self.files.write(name, content), xxhash.xxh3_64_hexdigest(content))
+
+    def _read_committed(self, name: str, step: int, shard: int) -> bytes:
+        """The content of a committed file.
+
+        Raises: GradscaleError if it is not what was committed.
+        """
+        expected = next(f for f in self.commit_record(step, shard)["files"] if f[0] == name)
+        content = self.files.read(name).to_pybytes() if self.files.exists(name) else b""
+        if xxhash.xxh3_64_hexdigest(content) != expected[2]:
+            raise GradscaleError(
+                f"{name} must be as it was committed, got other content; delete "
+                f"{_name('commits', step, shard, 'json')} in {self.files.root} and run the same command again"
+            )
+        return content
+
+
+def encode_states(states: Mapping[str, Mapping[str, Tensor]]) -> bytes:
+    """Tensors keyed `measure/field` or `measure/field/key`, as safetensors."""
+    flat = {f"{key}/{field}": t.contiguous() for key, fields in states.items() for field, t in fields.items()}
+    return safetensors.torch.save(flat)
+
+
+def decode_states(content: bytes) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in safetensors.torch.load(content).items():
+        key, _, field = name.partition("/")
+        found.setdefault(key, {})[field] = tensor
+    return found
+
+
+def _rows(step: int, shard: int, columns: ShardColumns, parameters: Sequence[str]) -> pa.Table:
+    n = len(columns.example_id)
+    kind = schema.rows(parameters, labels=columns.label is not None)
+    arrays = {
+        "example_id": columns.example_id.numpy(),
+        "step": np.full(n, step, dtype=np.int64),
+        "shard": np.full(n, shard, dtype=np.int32),
+        "loss": columns.loss.numpy(),
+        "grad_sq_norm": columns.grad_sq_norm.numpy(),
+        "layer_sq_norms": _fixed_size_list(columns.layer_sq_norms),
+        "finite": columns.finite.numpy(),
+    }
+    if columns.label is not None:
+        arrays["label"] = columns.label.numpy()
+    return pa.Table.from_arrays([pa.array(arrays[name]) for name in kind.names], schema=kind)
+
+
+def _sketches(columns: ShardColumns, scheme: Mapping[str, object]) -> pa.Table:
+    assert columns.sketch is not None
+    matrix = columns.sketch[columns.finite]
+    ids = columns.example_id[columns.finite]
+    kind = schema.sketches(matrix.shape[1], scheme)
+    return pa.Table.from_arrays([pa.array(ids.numpy()), _fixed_size_list(matrix)], schema=kind)
+
+
+def _fixed_size_list(matrix: Tensor) -> pa.Array:
+    return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1).numpy()), matrix.shape[1])
+
+
+def _parquet(table: pa.Table) -> pa.Buffer:
+    """zstd, page checksums, and a dictionary only for strings: float columns do not repeat."""
+    text = [field.name for field in table.schema if pa.types.is_string(field.type)]
+    sink = pa.BufferOutputStream()
+    pq.write_table(
+        table, sink, compression="zstd", use_dictionary=text, row_group_size=_ROW_GROUP, write_page_checksum=True
+    )
+    return sink.getvalue()
+
+
+def _name(folder: str, step: int, shard: int, extension: str) -> str:
+    return f"{folder}/step={step:08d}/shard-{shard:05d}.{extension}"
+
+
+def _merged(step: int) -> str:
+    return f"states/step={step:08d}/merged.safetensors"
+
+
+def _step_and_shard(name: str) -> tuple[int, int]:
+    _, step, shard = name.split("/")
+    return int(step.removeprefix("step=")), int(shard.removeprefix("shard-").removesuffix(".json"))
