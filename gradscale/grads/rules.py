@@ -137,11 +137,12 @@ def _check_same(name: str, alone: Tensor, together: Tensor) -> None:
     scale = together.where(finite, 0).abs().amax() if together.numel() else together.sum()
     tolerance = 1e3 * torch.finfo(together.dtype).eps * float(scale)
     difference = (alone - together).abs().where(finite, 0)
-    if together.numel() and not float(difference.amax()) <= tolerance:
+    largest = float(difference.amax()) if together.numel() else 0.0
+    if not largest <= tolerance:
         raise GradscaleError(
-            f"module {name} must give each example the output it has alone, got one "
-            f"{float(difference.amax()):.2g} apart within the batch; its inputs and outputs must have the batch as their first dimension and "
-            "must not mix examples. Wrap the parameter in a module of its own, or leave it out by --params"
+            f"module {name} must give each example the output it has alone, got one {largest:.2g} apart within the "
+            "batch; its inputs and outputs must have the batch as their first dimension and must not mix examples. "
+            "Wrap the parameter in a module of its own, or leave it out by --params"
         )
 
 
