@@ -1,0 +1,191 @@
+"""The demonstration: a small vision transformer on scikit-learn's handwritten digits.
+
+Small enough that a laptop trains and measures it in seconds, and built of what large transformers are
+built of. With permuted labels the same model can only memorize: the contrast that per-example gradients show.
+
+Shapes: B examples, T tokens (a class token and 16 patches), E the width, H heads, C = 10 classes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gradscale.errors import GradscaleError
+from gradscale.task import Batch, TensorExamples
+
+CLASSES = 10
+SIDE, PATCH = 8, 2  # pixels
+PATCHES = (SIDE // PATCH) ** 2
+DATA = ("true-labels", "permuted-labels")
+_SPLIT_SEED, _PERMUTATION_SEED = 20, 21  # fixed: every run holds out the same images and permutes alike
+
+
+class ClassToken(nn.Module):
+    """Puts a learned token before the others: [B, T, E] -> [B, T + 1, E]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.02 * torch.randn(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return torch.cat([self.weight.expand(tokens.shape[0], 1, -1), tokens], dim=1)
+
+
+class PositionEmbedding(nn.Module):
+    """Adds a learned vector to each position: [B, T, E] -> [B, T, E]."""
+
+    def __init__(self, positions: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(0.5 * torch.randn(positions, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens + self.weight
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, [B, T, E] -> [B, T, E].
+
+    The softmax is written out: torch's fused attention has no second derivative on a CPU, which curvature needs.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        query, key, value = (self._split(p(tokens)) for p in (self.query, self.key, self.value))
+        scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # [B, H, T, T]
+        mixed: Tensor = self.out((scores.softmax(dim=-1) @ value).transpose(1, 2).flatten(2))
+        return mixed
+
+    def _split(self, tokens: Tensor) -> Tensor:
+        return tokens.reshape(*tokens.shape[:2], self.heads, -1).transpose(1, 2)  # [B, H, T, E / H]
+
+
+class Block(nn.Module):
+    """A pre-LayerNorm transformer block: [B, T, E] -> [B, T, E]."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, mlp_ratio * width), nn.GELU(), nn.Linear(mlp_ratio * width, width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        mixed: Tensor = tokens + self.attention(self.norm_attention(tokens))
+        mapped: Tensor = mixed + self.mlp(self.norm_mlp(mixed))
+        return mapped
+
+
+class DigitsViT(nn.Module):
+    """Images [B, 8, 8] -> class scores [B, C], by way of 16 patches of 2 x 2 pixels and a class token.
+
+    No dropout and no batch statistics: each example's loss depends on that example alone.
+    """
+
+    def __init__(self, width: int = 64, depth: int = 3, heads: int = 4, mlp_ratio: int = 2) -> None:
+        super().__init__()
+        self.patches = nn.Linear(PATCH * PATCH, width)
+        self.class_token = ClassToken(width)
+        self.positions = PositionEmbedding(PATCHES + 1, width)
+        self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.positions(self.class_token(self.patches(_patches_of(images))))
+        scores: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
+        return scores
+
+
+@dataclass(frozen=True)
+class Digits:
+    """The training four fifths of the 1,797 images, the ViT, and the cross-entropy of each image in nats.
+
+    `data` is `true-labels`, or `permuted-labels`: the training labels in one fixed random order. `seed` draws
+    the initial weights. The split and the permutation are the same for every seed.
+
+    Raises: GradscaleError if `data` is neither.
+    Source: Kaynak, Alpaydin (1998), UCI optical recognition of handwritten digits, the test part.
+    """
+
+    data: str = "true-labels"
+    seed: int = 0
+    width: int = 64
+    depth: int = 3
+
+    def __post_init__(self) -> None:
+        if self.data not in DATA:
+            raise GradscaleError(f"data of task digits must be one of {', '.join(DATA)}, got {self.data!r}")
+
+    def model(self, checkpoint: str | None) -> nn.Module:
+        """The ViT with the weights of a DeepSpeed `checkpoint`, or drawn from `seed` for None; in eval mode."""
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed)
+            model = DigitsViT(self.width, self.depth).eval()
+        if checkpoint is None:
+            return model
+
+        from gradscale.checkpoints import load_state_dict
+
+        try:
+            model.load_state_dict(load_state_dict(checkpoint))
+        except RuntimeError as error:
+            raise GradscaleError(
+                f"checkpoint {checkpoint} must hold the weights of DigitsViT(width={self.width}, depth={self.depth}), "
+                f"got {error}; pass the width and depth that it was trained with"
+            ) from error
+        return model
+
+    def examples(self) -> TensorExamples:
+        """The training images and their labels, true or permuted."""
+        images, labels, _, _ = _split()
+        return TensorExamples(image=images, label=labels if self.data == "true-labels" else _permuted(labels))
+
+    def held_out(self) -> TensorExamples:
+        """The fifth that is never trained on or measured, with its true labels."""
+        _, _, images, labels = _split()
+        return TensorExamples(image=images, label=labels)
+
+    def losses(self, model: nn.Module, batch: Batch) -> Tensor:
+        return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
+
+    def labels(self, batch: Batch) -> Tensor:
+        return batch["label"]
+
+
+def _patches_of(images: Tensor) -> Tensor:
+    """[B, 8, 8] -> [B, 16, 4]: the patches in reading order, and the pixels of each in reading order."""
+    rows = images.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # [B, 4, 4, 2, 2]
+    return rows.reshape(images.shape[0], PATCHES, PATCH * PATCH)
+
+
+@cache
+def _split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images and labels, then held-out images and labels; training pixels have mean 0 and variance 1."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise GradscaleError(
+            "task digits must have scikit-learn for its images, got none; run `pip install 'gradscale[tasks]'`"
+        ) from error
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images).float()
+    labels = torch.from_numpy(bunch.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_SPLIT_SEED))
+    train, held_out = order.split([len(order) - len(order) // 5, len(order) // 5])
+    images = (images - images[train].mean()) / images[train].std()
+    return images[train], labels[train], images[held_out], labels[held_out]
+
+
+def _permuted(labels: Tensor) -> Tensor:
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_PERMUTATION_SEED))
+    return labels[order]
