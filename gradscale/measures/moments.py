@@ -27,7 +27,7 @@ class MomentsState(NamedTuple):
     """Keys are `block|class` (class `*` for all), and `block|class|parameter` for the sums. A commutative monoid."""
 
     counts: Mapping[str, Tensor]  # [] int64
-    sq_norms: Mapping[str, Tensor]  # [L] float64
+    sq_norms: Mapping[str, Tensor]  # [L] float64, the parameters sorted by name
     sums: Mapping[str, Tensor]  # [P] float64
 
 
@@ -67,6 +67,7 @@ class MomentsStatistic:
         counts: dict[str, Tensor] = {}
         sq_norms: dict[str, Tensor] = {}
         sums: dict[str, Tensor] = {}
+        columns = sorted(range(len(batch.layers)), key=batch.layers.__getitem__)  # as `layers_of` sorts them
         for reading in self.needs:
             if not isinstance(reading, GradientSums):
                 continue
@@ -74,7 +75,7 @@ class MomentsStatistic:
                 member = _members(batch, group)
                 key = _key(batch.block, group)
                 counts[key] = member.sum()
-                sq_norms[key] = batch.sq_norms[member].sum(dim=0)
+                sq_norms[key] = batch.sq_norms[member].sum(dim=0)[columns]
                 sums |= {f"{key}{_SEPARATOR}{name}": total.double() for name, total in by_parameter.items()}
         return MomentsState(counts, sq_norms, sums)
 

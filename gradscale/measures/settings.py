@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from gradscale.errors import GradscaleError
 from gradscale.measures import MEASURES
@@ -37,8 +37,13 @@ def parse_measures(text: str) -> tuple[Measure, ...]:
 def settings_of(measure: Measure) -> dict[str, Any]:
     """The class and fields of a measure as JSON values, for run.json."""
     kind = type(measure)
-    fields: dict[str, Any] = dataclasses.asdict(cast(Any, measure)) if dataclasses.is_dataclass(kind) else {}
-    return {"class": f"{kind.__module__}:{kind.__qualname__}", **json_values(fields)}
+    return {"class": f"{kind.__module__}:{kind.__qualname__}", **plain_fields(measure)}
+
+
+def plain_fields(settings: object) -> dict[str, Any]:
+    """A dataclass's fields as JSON values; empty for anything else."""
+    fields = dataclasses.fields(settings) if dataclasses.is_dataclass(settings) else ()
+    return json_values({field.name: getattr(settings, field.name) for field in fields})
 
 
 def json_values(values: Mapping[str, Any]) -> dict[str, Any]:

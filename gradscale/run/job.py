@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradscale.checkpoints import Checkpoint, resolve
@@ -18,7 +19,7 @@ from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.measure import Measure
-from gradscale.measures.settings import check_measures, json_values, settings_of
+from gradscale.measures.settings import check_measures, json_values, plain_fields, settings_of
 from gradscale.run.plan import Plan, check_positive, differences
 from gradscale.run.pool import Failure, Pool, Resources, ray_session
 from gradscale.run.worker import Description, Job
@@ -77,10 +78,12 @@ def measure(
     check_positive(workers=workers, microbatch=microbatch, shard_size=shard_size, threads_per_worker=threads_per_worker)
     options = dict(task_options or {})
     name, task = _resolve_task(task, options)
+    options = options or plain_fields(task)
     steps = resolve(checkpoints)
+    store = open_store(out)
     job = Job(
         task,
-        out,
+        store.files.root,
         check_measures(measures),
         parse_sketch(sketch, seed) if isinstance(sketch, str) else sketch,
         params,
@@ -88,7 +91,6 @@ def measure(
         threads_per_worker,
         "cuda" if gpus_per_worker else "cpu",
     )
-    store = open_store(out)
     resources = Resources(threads_per_worker, gpus_per_worker)
     with ray_session(address, workers, resources):
         pool = Pool(job, workers, resources)
@@ -150,7 +152,7 @@ def _plan(
     return Plan(
         task=name,
         task_options=json_values(options),
-        checkpoints={str(c.step): {"path": c.path, "fingerprint": _fingerprint(c.path)} for c in steps},
+        checkpoints={str(c.step): _identity(c.path) for c in steps},
         examples=description.examples,
         data_fingerprint=description.data_fingerprint,
         parameters=description.parameters,
@@ -167,8 +169,11 @@ def _plan(
     )
 
 
-def _fingerprint(path: str | None) -> str | None:
-    return checkpoint_fingerprint(path) if path is not None else None
+def _identity(path: str | None) -> dict[str, str | None]:
+    if path is None:
+        return {"path": None, "fingerprint": None}
+    absolute = path if "://" in path else str(Path(path).expanduser().absolute())
+    return {"path": absolute, "fingerprint": checkpoint_fingerprint(path)}
 
 
 def _measure_units(

@@ -90,8 +90,13 @@ class Plan:
 
 
 def differences(old: Plan, new: Plan) -> list[str]:
-    """Where two plans differ, a line for each setting; empty if they are equal."""
+    """Where two plans differ, a line for each setting; empty if they are equal.
+
+    Where a checkpoint lies is no difference: its fingerprint tells whether it is the same one.
+    """
     before, after = json.loads(old.to_json()), json.loads(new.to_json())
+    for checkpoint in (*before["checkpoints"].values(), *after["checkpoints"].values()):
+        del checkpoint["path"]
     return [line for name in before for line in _difference(name, before[name], after[name])]
 
 

@@ -85,7 +85,7 @@ class Pool:
         pickled: bytes = ray.cloudpickle.dumps(job)
         self._job = pickled if len(pickled) < _INLINE_BYTES else ray.put(pickled)  # held: actors restart from it
         path = [str(Path(entry).resolve()) for entry in sys.path]
-        self._actors: list[Any] = [actor.remote(self._job, path) for _ in range(workers)]
+        self._actors: list[Any] = [actor.remote(self._job, path, os.getcwd()) for _ in range(workers)]
         self._microbatch = job.microbatch
 
     def call(self, method: str, *arguments: Any) -> Any:

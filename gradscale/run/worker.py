@@ -50,11 +50,14 @@ class Description(NamedTuple):
 class Worker:
     """Holds one loaded checkpoint at a time.
 
-    `job` is a pickled Job and `path` the driver's sys.path: what the driver can import, the worker can.
+    `job` is a pickled Job, `path` the driver's sys.path and `folder` its working directory: what the driver can
+    import or open by a relative path, the worker can, where the node has it.
     """
 
-    def __init__(self, job: bytes, path: Sequence[str]) -> None:
+    def __init__(self, job: bytes, path: Sequence[str], folder: str) -> None:
         sys.path.extend(entry for entry in path if entry not in sys.path)
+        if os.path.isdir(folder):
+            os.chdir(folder)
         self._start(pickle.loads(job))
 
     def _start(self, job: Job) -> None:
