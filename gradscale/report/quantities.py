@@ -1,0 +1,140 @@
+"""What the report knows of each quantity: how it is called, drawn and read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from gradscale.report.measured import Measured
+
+ALPHA_SOURCE = ("Chatterjee & Zielinski (2022), arXiv:2203.10036", "https://arxiv.org/abs/2203.10036")
+NOISE_SOURCE = ("McCandlish et al. (2018), arXiv:1812.06162", "https://arxiv.org/abs/1812.06162")
+WIDTH_SOURCE = ("Banerjee et al. (2024), arXiv:2406.07712", "https://arxiv.org/abs/2406.07712")
+
+
+JACKKNIFE = (
+    "Standard error: delete-one-block jackknife over blocks of shards, the examples taken as a sample of a population."
+)
+PROBES = (
+    "Standard error: of the mean over probes, for the examples that were measured; all checkpoints share their probes."
+)
+MEAN = "Standard error: the standard deviation over examples, divided by √n."
+
+
+class Quantity(NamedTuple):
+    """One (measure, name). `noun` goes into sentences, `error` says how the standard error was got."""
+
+    measure: str
+    name: str
+    title: str
+    noun: str
+    equation: str
+    text: str
+    error: str = ""
+    source: tuple[str, str] | None = None
+    plotted: bool = True
+
+    @property
+    def key(self) -> str:
+        return f"{self.measure}/{self.name}"
+
+
+KNOWN = (
+    Quantity(
+        "loss", "mean", "Mean loss", "mean loss", "(1/n) Σ ℓᵢ",
+        "The mean of the per-example losses.", MEAN,
+    ),
+    Quantity(
+        "coherence", "alpha", "Coherence α", "coherence α", "α = |mean g|² / mean |g|²",
+        "How far the per-example gradients point the same way: 1 when all are equal, 1/n when n of them are "
+        "orthogonal, 0 when their mean vanishes. The plug-in value on n examples lies about (1 − α)/n above that of "
+        "the population, so compare it only at equal n.",
+        JACKKNIFE, ALPHA_SOURCE,
+    ),
+    Quantity(
+        "coherence", "alpha_unbiased", "Coherence α, unbiased", "unbiased coherence α",
+        "(|Σ g|² − Σ |g|²) / ((n − 1) Σ |g|²)",
+        "The same with an unbiased estimate of |E g|² in the numerator: it can be compared between different n, and it "
+        "can be negative.",
+        JACKKNIFE, ALPHA_SOURCE, plotted=False,
+    ),
+    Quantity(
+        "coherence", "m_coherence", "m-coherence", "m-coherence", "m α = |Σ g|² / Σ |g|², with m = n",
+        "How many examples, on average, one example's gradient helps, itself included: 1 for orthogonal gradients, "
+        "n for equal ones.",
+        JACKKNIFE, ALPHA_SOURCE,
+    ),
+    Quantity(
+        "dispersion", "trace_covariance", "Trace of the gradient covariance", "trace of the gradient covariance",
+        "tr Σ = (Σ |g|² − |Σ g|² / n) / (n − 1)",
+        "The variance of one example's gradient, summed over parameters. Scaling the loss by c scales it by c².",
+        JACKKNIFE,
+    ),
+    Quantity(
+        "dispersion", "noise_scale", "Gradient noise scale", "gradient noise scale",
+        "tr Σ / |E g|², with (|Σ g|² − Σ |g|²) / (n (n − 1)) for |E g|²",
+        "The batch size, in examples, at which the noise of the mean gradient is as large as the gradient itself. "
+        "Undefined (a gap) where the estimate of |E g|² is not positive: the mean gradient cannot then be told from "
+        "zero.",
+        JACKKNIFE, NOISE_SOURCE,
+    ),
+    Quantity(
+        "gaussian_width", "width", "Loss gradient Gaussian width", "Gaussian width",
+        "E maxᵢ ⟨gᵢ, v⟩, v ~ N(0, I)",
+        "The width of the set examples@theta, the per-example gradients at one checkpoint, over dense Gaussian probes. "
+        "It depends only on the distances between gradients, so it does not see what they have in common; each probe's "
+        "maximum is taken around the mean gradient, which changes the error, not the width. It grows with n: compare "
+        "it only at equal n. The union is the same over all checkpoints up to and including a step. "
+        "The set is named because the literature uses several; no constant of a paper's bound is claimed here.",
+        PROBES, WIDTH_SOURCE,
+    ),
+    Quantity(
+        "gaussian_width", "symmetrized", "Gaussian width, symmetrized", "symmetrized Gaussian width",
+        "E maxᵢ |⟨gᵢ, v⟩|, v ~ N(0, I)",
+        "The width of the set together with its negatives: unlike the width, it sees what all gradients share.",
+        PROBES, WIDTH_SOURCE,
+    ),
+    Quantity(
+        "grad_norm", "q50", "Gradient norm", "median gradient norm", "median of |gᵢ|",
+        "Median and 5 % and 95 % quantiles over examples.",
+        "Standard error of a quantile: half the distance between the order statistics one binomial standard deviation "
+        "to either side.",
+    ),
+    Quantity(
+        "grad_norm", "mean", "Mean gradient norm", "mean gradient norm", "(1/n) Σ |gᵢ|",
+        "The mean of the per-example gradient norms.", MEAN, plotted=False,
+    ),
+)  # fmt: skip
+
+
+def present(runs: Sequence[Measured]) -> list[Quantity]:
+    """The quantities with scope `all` in any of the runs: the known ones first, then the others by their names."""
+    found: dict[str, tuple[str, str]] = {}
+    for run in runs:
+        whole = run.estimates[run.estimates["scope"] == "all"]
+        for measure, name in zip(whole["measure"], whole["name"], strict=True):
+            found[f"{measure}/{name}"] = (str(measure), str(name))
+    known = [quantity for quantity in KNOWN if quantity.key in found]
+    rest = [pair for key, pair in found.items() if key not in {q.key for q in KNOWN} and pair[0] != "grad_norm"]
+    return known + [_unknown(measure, name) for measure, name in rest]
+
+
+def absent(runs: Sequence[Measured]) -> list[Quantity]:
+    keys = {quantity.key for quantity in present(runs)}
+    return [quantity for quantity in KNOWN if quantity.key not in keys and quantity.plotted]
+
+
+def unit_of(runs: Sequence[Measured], quantity: Quantity) -> str:
+    """The unit that the runs give, or an empty string for pure numbers."""
+    for run in runs:
+        frame = run.estimates
+        units = frame[(frame["measure"] == quantity.measure) & (frame["name"] == quantity.name)]["unit"]
+        if len(units):
+            unit = str(units.iloc[0])
+            return "" if unit == "1" else unit
+    return ""
+
+
+def _unknown(measure: str, name: str) -> Quantity:
+    title = f"{measure} / {name}".replace("_", " ")
+    return Quantity(measure, name, title, title, "", "See the definition that the run gives.")
