@@ -107,17 +107,18 @@ class _Tape:
             leaves, structure = pytree.tree_flatten(output)
             floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             for i in floats:
-                leaves[i] = self._rooted(self._spread(leaves[i]))
+                leaves[i] = self._rooted(self._spread(leaves[i], (args, kwargs)))
             self._expect(site, module, args, kwargs, [leaves[i] for i in floats])
             return pytree.tree_unflatten(leaves, structure)
 
         return after_forward
 
-    def _spread(self, output: Tensor) -> Tensor:
-        """An output that is broadcast over the batch (position embeddings) gets a row per example."""
-        if output.dim() > 1 and output.shape[0] == 1 < self.batch_size:
-            return output.expand(self.batch_size, *output.shape[1:])
-        return output
+    def _spread(self, output: Tensor, inputs: Any) -> Tensor:
+        """An output of no batched input that is broadcast over the batch (position embeddings) gets a row per example."""
+        batched = any(isinstance(x, Tensor) and x.shape[:1] == (self.batch_size,) for x in pytree.tree_leaves(inputs))
+        if batched or output.dim() < 2 or not output.shape[0] == 1 < self.batch_size:
+            return output
+        return output.expand(self.batch_size, *output.shape[1:])
 
     def _rooted(self, output: Tensor) -> Tensor:
         if output.requires_grad:
@@ -129,15 +130,18 @@ class _Tape:
     def _expect(self, site: Site, module: nn.Module, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
         self._pending.update(site.parameters.values())
         inputs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        held = [(inputs, _versions(inputs), [output.detach() for output in outputs])]
+        held = [(inputs, _versions(inputs), [output.detach() for output in outputs], _versions(outputs))]
 
         def after_backward(grads: Sequence[Tensor | None]) -> None:
-            (saved_args, saved_kwargs), versions, saved_outputs = held.pop()
+            (saved_args, saved_kwargs), versions, saved_outputs, output_versions = held.pop()
             if _versions((saved_args, saved_kwargs)) != versions:
                 raise GradscaleError(
                     f"the inputs of module {site.name} must stay as they are until the backward pass, "
                     "got an in-place change; write x = x + y for x += y in the model"
                 )
+            for i, version in enumerate(output_versions):
+                if saved_outputs[i]._version != version:  # as by nn.ReLU(inplace=True): the value is gone
+                    saved_outputs[i] = torch.full_like(saved_outputs[i], torch.nan)
             filled = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, saved_outputs, strict=True)]
             self._take(site, Call(site.name, module, saved_args, saved_kwargs, saved_outputs, filled, self.batch_size))
 
@@ -182,7 +186,7 @@ def _without(call: Call, exclude: Tensor | None) -> Call:
         return tensor.masked_fill(exclude.view(-1, *[1] * (tensor.dim() - 1)), value)
 
     args, kwargs = pytree.tree_map_only(Tensor, clear, (call.args, call.kwargs))
-    outputs = [clear(output, torch.nan) for output in call.outputs]  # NaN: not to be compared with anything
+    outputs = [clear(output, torch.nan) for output in call.outputs]
     return call._replace(args=args, kwargs=kwargs, outputs=outputs, grads=[clear(grad) for grad in call.grads])
 
 

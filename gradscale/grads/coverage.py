@@ -48,19 +48,21 @@ def sites(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> tuple[Sit
     Raises: GradscaleError naming the parameters that no module's forward accounts for.
     """
     canonical = {id(parameter): name for name, parameter in parameters.items()}
-    found: list[Site] = []
+    found: dict[nn.Module, Site] = {}
     _visit("", model, canonical, found)
-    seen = {name for site in found for name in site.parameters.values()}
+    seen = {name for site in found.values() for name in site.parameters.values()}
     missing = [name for name in parameters if name not in seen]
     if missing:
         raise GradscaleError(
             f"every measured parameter must belong to a module that is called, got none for {', '.join(missing)}; "
             "move it into a module of its own, or leave it out by --params"
         )
-    return tuple(found)
+    return tuple(found.values())
 
 
-def _visit(name: str, module: nn.Module, canonical: Mapping[int, str], found: list[Site]) -> None:
+def _visit(name: str, module: nn.Module, canonical: Mapping[int, str], found: dict[nn.Module, Site]) -> None:
+    if module in found:  # registered under several names
+        return
     whole = owns_subtree(module)
     own = {
         local: canonical[id(parameter)]
@@ -68,7 +70,7 @@ def _visit(name: str, module: nn.Module, canonical: Mapping[int, str], found: li
         if id(parameter) in canonical
     }
     if own:
-        found.append(Site(name or "(the model)", module, own, rule_of(module)))
+        found[module] = Site(name or "(the model)", module, own, rule_of(module))
     if whole:
         return
     for child_name, child in module.named_children():

@@ -71,7 +71,8 @@ class DenseGrads:
         return self.materialize() @ vectors
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        return weights @ self.materialize()
+        dense = self.materialize()
+        return weights.to(dense.dtype) @ dense
 
     def split(self) -> Iterator[DenseGrads]:
         for part in torch.split(self.grads, chunk_size(self.grads[0].numel())):
@@ -105,7 +106,8 @@ class OuterGrads:
         return torch.cat([part.materialize() @ vectors for part in self.split()])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        left = (widen(self.left) * weights[:, None, None]).flatten(0, 1)
+        left = widen(self.left)
+        left = (left * weights.to(left.dtype)[:, None, None]).flatten(0, 1)
         return (left.mT @ widen(self.right).flatten(0, 1)).flatten()
 
     def split(self) -> Iterator[OuterGrads]:
@@ -139,7 +141,8 @@ class EmbeddingGrads:
         return torch.stack([torch.einsum("te,ten->n", g, table[rows]) for g, rows in zip(grads, self.ids, strict=True)])
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
-        weighted = (widen(self.grads) * weights[:, None, None]).flatten(0, 1)
+        grads = widen(self.grads)
+        weighted = (grads * weights.to(grads.dtype)[:, None, None]).flatten(0, 1)
         table = weighted.new_zeros(self.num_rows, weighted.shape[1])
         return table.index_add_(0, self.ids.flatten(), weighted).flatten()
 

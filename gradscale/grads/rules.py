@@ -10,6 +10,7 @@ Shapes: B examples, T positions, I/O features in and out, P parameter entries.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Call(NamedTuple):
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    outputs: list[Tensor]  # the floating-point outputs, in pytree order
+    outputs: list[Tensor]  # the floating-point outputs, in pytree order; NaN: not to be compared with anything
     grads: list[Tensor]  # of the outputs; the first dimension of each is B
     batch_size: int
 
@@ -97,6 +98,9 @@ def generic(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
     Raises: GradscaleError if an example alone gives another output than it gave within its batch.
     """
     parameters = {name: call.module.get_parameter(name).detach() for name in wanted}
+    used = [i for i, grad in enumerate(call.grads) if grad.any()]  # a recurrent net's last state may not be batch-first
+    if not used:
+        return {name: DenseGrads(p.new_zeros(call.batch_size, p.numel())) for name, p in parameters.items()}
     leaves, structure = pytree.tree_flatten((call.args, dict(call.kwargs)))
     moves = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == call.batch_size for leaf in leaves]
 
@@ -106,17 +110,18 @@ def generic(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
         args, kwargs = pytree.tree_unflatten(inputs, structure)
 
         def outputs_of(values: dict[str, Tensor]) -> list[Tensor]:
-            return float_tensors(torch.func.functional_call(call.module, values, args, kwargs, tie_weights=False))
+            outputs = float_tensors(torch.func.functional_call(call.module, values, args, kwargs, tie_weights=False))
+            return [outputs[i] for i in used]
 
         outputs, pullback, *_ = torch.func.vjp(outputs_of, parameters)
         return pullback([g.reshape(o.shape) for g, o in zip(grads, outputs, strict=True)])[0], outputs
 
     batched = [leaf for leaf, moved in zip(leaves, moves, strict=True) if moved]
     with torch.enable_grad():
-        found, outputs = _per_example(alone, batched, call.grads)
-    for alone_output, together in zip(outputs, call.outputs, strict=True):
-        _check_same(call.name, alone_output.reshape(together.shape), together)
-    return {name: DenseGrads(grad.flatten(1).detach()) for name, grad in found.items()}
+        found, outputs = _per_example(alone, batched, [call.grads[i] for i in used])
+    for i, output in zip(used, outputs, strict=True):
+        _check_same(call.name, output.reshape(call.outputs[i].shape), call.outputs[i])
+    return {name: DenseGrads(grad.reshape(call.batch_size, -1).detach()) for name, grad in found.items()}
 
 
 def float_tensors(tree: Any) -> list[Tensor]:
@@ -126,7 +131,9 @@ def float_tensors(tree: Any) -> list[Tensor]:
 
 def _per_example(function: Callable[..., Any], batched: list[Tensor], grads: list[Tensor]) -> Any:
     try:
-        return torch.func.vmap(function)(batched, grads)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "There is a performance drop")  # where vmap itself loops
+            return torch.func.vmap(function)(batched, grads)
     except (RuntimeError, NotImplementedError, ValueError, TypeError):  # what vmap raises where it cannot trace
         results = [function([x[i] for x in batched], [g[i] for g in grads]) for i in range(grads[0].shape[0])]
         return pytree.tree_map(lambda *parts: torch.stack(parts), *results)
