@@ -18,12 +18,12 @@ export TORCH_EXTENSIONS_DIR = $(CURDIR)/.cache/torch_extensions
 export RAY_USAGE_STATS_ENABLED = 0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check bench clean unlock
+.PHONY: help demo test test-all check bench clean unlock compiler
 
 help: ## say what the targets do
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP) unlock ## train a small transformer on true and on permuted labels, measure both, write runs/demo.html
+demo: $(STAMP) unlock compiler ## train a small transformer on true and on permuted labels, measure both, write runs/demo.html
 	DS_ACCELERATOR=cpu $(PY) jobs/demo.py
 
 test: $(STAMP) unlock ## the tests that need neither a GPU, several machines nor much time
@@ -53,6 +53,12 @@ clean: ## remove caches, runs and build products; .venv stays
 unlock:
 	@mkdir -p $(TORCH_EXTENSIONS_DIR)
 	@find $(TORCH_EXTENSIONS_DIR) -name lock -mmin +5 -print -delete | sed 's/^/removed the stale lock /'
+
+# The demonstration's DeepSpeed is told to do without its compiled operators; other trainings want them.
+compiler:
+	@command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null || \
+		echo "note: no C++ compiler found. The demonstration needs none, but DeepSpeed compiles operators (CPU Adam," \
+		"shared memory) for other trainings: install one, for instance with: apt-get install g++"
 
 # torch comes first and nothing after it may replace it: another build could be another version, or bring CUDA.
 $(STAMP): pyproject.toml constraints.txt

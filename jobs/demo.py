@@ -21,6 +21,7 @@ from typing import NamedTuple
 STEPS = 384
 MEASURES = "coherence,dispersion,gaussian_width"
 WORKERS = 2
+SHARD_SIZE = 96  # 15 shards, so 15 blocks behind each standard error
 RUNS = Path("runs")
 PAGE = RUNS / "demo.html"
 
@@ -107,6 +108,7 @@ def measure(side: Side) -> bool:
         *("--checkpoint", str(side.checkpoints)),
         *("--out", str(side.run)),
         *("--measures", MEASURES),
+        *("--shard-size", str(SHARD_SIZE)),
         *("--workers", str(WORKERS)),
     )
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gradscale.errors import GradscaleError
 
-_MAX_BLOCKS = 20  # jackknife blocks: more would not make the standard error much better, and each costs P numbers
+_MAX_BLOCKS = 20  # jackknife blocks: more would not make the standard error much better
+_BLOCK_BYTES = 8 << 30  # each block holds a sum of gradients in float64: large models get fewer, but at least two
 
 
 @dataclass(frozen=True, order=True)
@@ -62,7 +64,9 @@ class Plan:
 
     @property
     def blocks(self) -> int:
-        return min(_MAX_BLOCKS, self.shards)
+        """How many jackknife blocks the shards of a step fall into."""
+        entries = sum(math.prod(parameter["shape"]) for parameter in self.parameters.values())
+        return min(_MAX_BLOCKS, self.shards, max(2, _BLOCK_BYTES // (8 * max(1, entries))))
 
     @property
     def shards(self) -> int:
