@@ -114,7 +114,7 @@ class _Tape:
         return after_forward
 
     def _spread(self, output: Tensor, inputs: Any) -> Tensor:
-        """An output of no batched input that is broadcast over the batch (position embeddings) gets a row per example."""
+        """An output broadcast over the batch (position embeddings), of no batched input, gets a row per example."""
         batched = any(isinstance(x, Tensor) and x.shape[:1] == (self.batch_size,) for x in pytree.tree_leaves(inputs))
         if batched or output.dim() < 2 or not output.shape[0] == 1 < self.batch_size:
             return output

@@ -42,7 +42,8 @@ Rule = Callable[[Call, Sequence[str]], dict[str, LayerGrads]]
 def rule_of(module: nn.Module) -> Rule:
     """The special rule for `module`, or `generic`."""
     special = RULES.get(_original(type(module)))
-    plain = "forward" not in module.__dict__ and not parametrize.is_parametrized(module)
+    computed = "weight" not in module._parameters or parametrize.is_parametrized(module)  # as by weight_norm
+    plain = "forward" not in module.__dict__ and not computed
     return special if special is not None and plain else generic
 
 
@@ -114,6 +115,9 @@ def generic(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
             return [outputs[i] for i in used]
 
         outputs, pullback, *_ = torch.func.vjp(outputs_of, parameters)
+        if any(g.numel() != o.numel() for g, o in zip(grads, outputs, strict=True)):
+            shapes = [tuple(o.shape) for o in outputs]
+            raise _mixed(call.name, f"shape {shapes[0] if len(shapes) == 1 else shapes} for one")
         return pullback([g.reshape(o.shape) for g, o in zip(grads, outputs, strict=True)])[0], outputs
 
     batched = [leaf for leaf, moved in zip(leaves, moves, strict=True) if moved]
@@ -146,11 +150,15 @@ def _check_same(name: str, alone: Tensor, together: Tensor) -> None:
     difference = (alone - together).abs().where(finite, 0)
     largest = float(difference.amax()) if together.numel() else 0.0
     if not largest <= tolerance:
-        raise GradscaleError(
-            f"module {name} must give each example the output it has alone, got one {largest:.2g} apart within the "
-            "batch; its inputs and outputs must have the batch as their first dimension and must not mix examples. "
-            "Wrap the parameter in a module of its own, or leave it out by --params"
-        )
+        raise _mixed(name, f"one {largest:.2g} apart within the batch")
+
+
+def _mixed(name: str, got: str) -> GradscaleError:
+    return GradscaleError(
+        f"module {name} must give each example the output it has alone, got {got}; its inputs and outputs must have "
+        "the batch as their first dimension and must not mix examples. "
+        "Wrap the parameter in a module of its own, or leave it out by --params"
+    )
 
 
 def _batched(call: Call) -> Tensor:

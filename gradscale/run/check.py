@@ -9,15 +9,18 @@ Shapes: B examples, L parameters.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.readings import GradientSums, SquaredNorms
+from gradscale.grads.readings import GradientSums, Readings, SquaredNorms
 from gradscale.run.shard import Subject, batch_size, labels_of, load_batch, read_batch
 from gradscale.task import Batch
 
 _EXAMPLES = 4
 _ATTEMPTS = 8
+_MIXING = (
+    "the losses or the model mix examples (batch statistics, a mean over the batch, padding that is attended to, "
+    "an output whose first dimension is not the batch)"
+)
 
 
 def check_subject(subject: Subject) -> None:
@@ -35,7 +38,7 @@ def check_subject(subject: Subject) -> None:
         readings = read_batch(subject, batch, frozenset({SquaredNorms(), GradientSums()}), None)
         if readings.finite.all():
             _check_sums(subject, batch, readings.sums[GradientSums()][None])
-            _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings.sq_norms[0])
+            _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings)
             return
 
 
@@ -63,9 +66,10 @@ def _check_sums(subject: Subject, batch: Batch, sums: object) -> None:
         )
 
 
-def _check_alone(subject: Subject, single: Batch, sq_norms: Tensor) -> None:
+def _check_alone(subject: Subject, single: Batch, beside: Readings) -> None:
     alone = read_batch(subject, single, frozenset({SquaredNorms()}), None)
     assert batch_size(single) == 1
+    sq_norms = beside.sq_norms[0]
     together, scale = sq_norms.sqrt(), float(sq_norms.sum().sqrt())
     wrong = [
         name
@@ -75,8 +79,13 @@ def _check_alone(subject: Subject, single: Batch, sq_norms: Tensor) -> None:
     if wrong:
         raise GradscaleError(
             f"an example must have the same gradient alone as within a batch, got another for {', '.join(wrong)}: "
-            "the losses or the model mix examples (batch statistics, a mean over the batch, padding that is "
-            "attended to, an output whose first dimension is not the batch)"
+            f"{_MIXING}"
+        )
+    loss, expected = float(alone.losses[0]), float(beside.losses[0])
+    if not abs(loss - expected) <= _tolerance(subject, abs(expected), 1.0):
+        raise GradscaleError(
+            f"an example must have the same loss alone as within a batch, got {loss:.6g} alone and {expected:.6g} "
+            f"within: {_MIXING}"
         )
 
 
