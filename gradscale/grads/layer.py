@@ -1,48 +1,52 @@
 """Per-example gradients of one parameter, in the factors that backpropagation leaves behind.
 
-`materialize()` is the definition; every other method equals the same operation on it and is held to
-that in `tests/test_layer_grads.py`. Gradients are flattened in the parameter's own (row-major) layout.
-Half-precision factors are widened to float32 before anything is added up.
+A parameter is seen as a matrix of R rows and C columns, in its own row-major layout (a vector has one
+column); `tile` gives any block of rows of any group of examples. `materialize` is all of them at once: the
+definition, to which `sweep.py`, which reads the tiles one after another, is held in
+`tests/test_layer_grads.py`. Half-precision factors are widened to float32 tile by tile.
 
-Shapes: B examples, T positions, I/O features in and out, V rows of an embedding table, E its width,
-P parameter entries, N vectors.
+Shapes: B examples, b of them in a tile, T positions, I/O features in and out, R rows and C columns of the
+parameter, r rows in a tile, P = R C.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-_CHUNK_ENTRIES = 1 << 24  # at most this many gradient entries are materialized at once
-
 
 @runtime_checkable
 class LayerGrads(Protocol):
-    """The gradients of B examples with respect to one parameter of P entries."""
+    """The gradients of B examples with respect to one parameter of R x C entries."""
 
-    def materialize(self) -> Tensor:
-        """[B, P]: the definition."""
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(B, R, C)."""
         ...
 
-    def sq_norms(self) -> Tensor:
-        """[B]: the squared Euclidean norm of each example's gradient."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the tiles: the factors' own, but at least float32."""
         ...
 
-    def dot(self, vectors: Tensor) -> Tensor:
-        """[B, N]: inner products with the columns of `vectors` [P, N]."""
+    @property
+    def device(self) -> torch.device: ...
+
+    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+        """Write the gradients of `examples` with respect to `rows` into `out` [b, r, C]."""
         ...
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        """[P]: sum over examples of weights[b] * gradient[b], for `weights` [B]."""
-        ...
 
-    def split(self) -> Iterator[LayerGrads]:
-        """The same gradients in consecutive groups of examples, each small enough to materialize."""
-        ...
+def materialize(grads: LayerGrads) -> Tensor:
+    """[B, P]: the definition."""
+    batch, rows, columns = grads.shape
+    out = torch.empty(batch, rows, columns, dtype=grads.dtype, device=grads.device)
+    grads.tile(slice(0, batch), slice(0, rows), out)
+    return out.flatten(1)
 
 
 def widen(tensor: Tensor) -> Tensor:
@@ -50,9 +54,8 @@ def widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def chunk_size(entries: int) -> int:
-    """How many examples of `entries` gradient entries may be materialized at once: at least one."""
-    return max(1, _CHUNK_ENTRIES // max(1, entries))
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 @dataclass(frozen=True)
@@ -61,22 +64,20 @@ class DenseGrads:
 
     grads: Tensor
 
-    def materialize(self) -> Tensor:
-        return widen(self.grads)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.grads.shape, 1)
 
-    def sq_norms(self) -> Tensor:
-        return self.materialize().square().sum(dim=1)
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide_dtype(self.grads.dtype)
 
-    def dot(self, vectors: Tensor) -> Tensor:
-        return self.materialize() @ vectors
+    @property
+    def device(self) -> torch.device:
+        return self.grads.device
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        dense = self.materialize()
-        return weights.to(dense.dtype) @ dense
-
-    def split(self) -> Iterator[DenseGrads]:
-        for part in torch.split(self.grads, chunk_size(self.grads[0].numel())):
-            yield DenseGrads(part)
+    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+        out.squeeze(2).copy_(self.grads[examples, rows])
 
 
 @dataclass(frozen=True)
@@ -86,34 +87,27 @@ class OuterGrads:
     For `nn.Linear`, left is the output gradient and right the input, so that the sum is [O, I].
     """
 
-    left: Tensor  # [B, T, O]
-    right: Tensor  # [B, T, I]
+    left: Tensor  # [B, T, R]
+    right: Tensor  # [B, T, C]
 
-    def materialize(self) -> Tensor:
-        return torch.einsum("bto,bti->boi", widen(self.left), widen(self.right)).flatten(1)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.left.shape[0], self.left.shape[2], self.right.shape[2]
 
-    def sq_norms(self) -> Tensor:
-        positions, rows, columns = self.left.shape[1], self.left.shape[2], self.right.shape[2]
-        if positions * (rows + columns) < rows * columns:
-            return self._gram_norms()
-        return torch.cat([part.materialize().square().sum(dim=1) for part in self.split()])
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide_dtype(self.left.dtype)
 
-    def _gram_norms(self) -> Tensor:
-        left, right = widen(self.left), widen(self.right)
-        return ((left @ left.mT) * (right @ right.mT)).sum(dim=(1, 2))
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
 
-    def dot(self, vectors: Tensor) -> Tensor:
-        return torch.cat([part.materialize() @ vectors for part in self.split()])
-
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        left = widen(self.left)
-        left = (left * weights.to(left.dtype)[:, None, None]).flatten(0, 1)
-        return (left.mT @ widen(self.right).flatten(0, 1)).flatten()
-
-    def split(self) -> Iterator[OuterGrads]:
-        size = chunk_size(self.left.shape[2] * self.right.shape[2])
-        for left, right in zip(torch.split(self.left, size), torch.split(self.right, size), strict=True):
-            yield OuterGrads(left, right)
+    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+        left, right = widen(self.left[examples, :, rows]), widen(self.right[examples])
+        if len(out) == 1:  # one product is faster than a batch of one
+            torch.mm(left[0].mT, right[0], out=out[0])
+        else:
+            torch.bmm(left.mT, right, out=out)
 
 
 @dataclass(frozen=True)
@@ -121,35 +115,26 @@ class EmbeddingGrads:
     """An embedding table's gradients: row ids[b, t] of gradient[b] receives grads[b, t]."""
 
     ids: Tensor  # [B, T] int64
-    grads: Tensor  # [B, T, E]
-    num_rows: int  # V
+    grads: Tensor  # [B, T, C]
+    num_rows: int  # R
 
-    def materialize(self) -> Tensor:
-        batch, _, width = self.grads.shape
-        dense = widen(self.grads).new_zeros(batch, self.num_rows, width)
-        index = self.ids[:, :, None].expand(-1, -1, width)
-        return dense.scatter_add_(1, index, widen(self.grads)).flatten(1)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.grads.shape[0], self.num_rows, self.grads.shape[2]
 
-    def sq_norms(self) -> Tensor:
-        grads = widen(self.grads)
-        same_row = self.ids[:, :, None] == self.ids[:, None, :]
-        return ((grads @ grads.mT) * same_row).sum(dim=(1, 2))
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide_dtype(self.grads.dtype)
 
-    def dot(self, vectors: Tensor) -> Tensor:
-        grads = widen(self.grads)
-        table = vectors.view(self.num_rows, grads.shape[2], -1)
-        return torch.stack([torch.einsum("te,ten->n", g, table[rows]) for g, rows in zip(grads, self.ids, strict=True)])
+    @property
+    def device(self) -> torch.device:
+        return self.grads.device
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        grads = widen(self.grads)
-        weighted = (grads * weights.to(grads.dtype)[:, None, None]).flatten(0, 1)
-        table = weighted.new_zeros(self.num_rows, weighted.shape[1])
-        return table.index_add_(0, self.ids.flatten(), weighted).flatten()
-
-    def split(self) -> Iterator[EmbeddingGrads]:
-        size = chunk_size(self.num_rows * self.grads.shape[2])
-        for ids, grads in zip(torch.split(self.ids, size), torch.split(self.grads, size), strict=True):
-            yield EmbeddingGrads(ids, grads, self.num_rows)
+    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+        ids, height = self.ids[examples] - rows.start, rows.stop - rows.start
+        example, position = ((ids >= 0) & (ids < height)).nonzero(as_tuple=True)
+        flat = out.zero_().view(-1, out.shape[2])
+        flat.index_add_(0, example * height + ids[example, position], widen(self.grads[examples][example, position]))
 
 
 @dataclass(frozen=True)
@@ -158,23 +143,30 @@ class SharedGrads:
 
     uses: tuple[LayerGrads, ...]
 
-    def materialize(self) -> Tensor:
-        return torch.stack([use.materialize() for use in self.uses]).sum(dim=0)
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.uses[0].shape
 
-    def sq_norms(self) -> Tensor:
-        return torch.cat([part.materialize().square().sum(dim=1) for part in self.split()])
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.uses[0].dtype
 
-    def dot(self, vectors: Tensor) -> Tensor:
-        return torch.stack([use.dot(vectors) for use in self.uses]).sum(dim=0)
+    @property
+    def device(self) -> torch.device:
+        return self.uses[0].device
 
-    def weighted_sum(self, weights: Tensor) -> Tensor:
-        return torch.stack([use.weighted_sum(weights) for use in self.uses]).sum(dim=0)
+    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+        self.uses[0].tile(examples, rows, out)
+        part = torch.empty_like(out)
+        for use in self.uses[1:]:
+            use.tile(examples, rows, part)
+            out += part
 
-    def split(self) -> Iterator[SharedGrads]:
-        for parts in zip(*(use.split() for use in self.uses), strict=True):
-            yield SharedGrads(parts)
 
-
-def share(uses: list[LayerGrads]) -> LayerGrads:
-    """One LayerGrads for all uses of a parameter; at least one use."""
-    return uses[0] if len(uses) == 1 else SharedGrads(tuple(uses))
+def share(uses: Sequence[LayerGrads]) -> LayerGrads:
+    """One LayerGrads for all uses of a parameter, at least one. Uses of different layouts are seen as vectors."""
+    if len(uses) == 1:
+        return uses[0]
+    if len({use.shape for use in uses}) > 1:
+        return SharedGrads(tuple(DenseGrads(materialize(use)) for use in uses))
+    return SharedGrads(tuple(uses))

@@ -1,7 +1,7 @@
 """What may be read from per-example gradients while they exist, and the pass that reads it.
 
 A reading is a frozen setting. A measure names the readings that it needs; one forward and backward pass
-takes the union of them.
+takes the union of them, parameter by parameter.
 
 Shapes: B examples, L parameters, P entries of one parameter, K outputs of a linear map.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from gradscale.grads.capture import capture
 from gradscale.grads.coverage import Site
-from gradscale.grads.layer import LayerGrads
+from gradscale.grads.layer import LayerGrads, wide_dtype
+from gradscale.grads.sweep import Request, read
 
 
 @runtime_checkable
@@ -29,6 +31,15 @@ class LinearMap(Protocol):
 
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
         """[B, K]: the part of the map that belongs to `parameter`."""
+        ...
+
+
+@runtime_checkable
+class DenseMap(LinearMap, Protocol):
+    """A linear map given by its matrix, which is read in blocks in the same sweep as everything else."""
+
+    def rows(self, parameter: str, start: int, stop: int, device: torch.device) -> Tensor:
+        """[stop - start, K]: the rows of the matrix that belong to these entries of `parameter`."""
         ...
 
 
@@ -55,8 +66,11 @@ Reading = SquaredNorms | GradientSums | Projected
 Sums = Mapping[int | None, Mapping[str, Tensor]]  # class (None: all) -> parameter -> [P]
 
 
+Totals = dict[GradientSums, dict[int | None, dict[str, Tensor]]]
+
+
 class Readings(NamedTuple):
-    """What one pass over a microbatch has read. Non-finite examples have finite=False and no part in the sums."""
+    """What one pass over B examples has read. Non-finite examples have finite=False and no part in the sums."""
 
     losses: Tensor  # [B] float64
     finite: Tensor  # [B] bool
@@ -73,26 +87,26 @@ def read_gradients(
     batch_size: int,
     readings: Iterable[Reading],
     labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    totals: Totals | None = None,
 ) -> Readings:
-    """Take `readings` of the B gradients in one pass; a second pass follows only if an example is not finite.
+    """Take `readings` of the B gradients in one forward and backward pass.
 
-    An example counts as finite if its loss and the squared norm of its gradient are.
+    An example counts as finite if its loss and the squared norm of its gradient are. Examples flagged in `exclude`
+    [B] are read as zero and not finite. Sums are added to `totals`, which may hold those of other examples; if an
+    example that was not excluded turns out not to be finite, they are spoilt, and the caller begins anew.
     Raises: GradscaleError as `capture`.
     """
-    exclude: Tensor | None = None
-    while True:
-        reader = _Reader(parameters, batch_size, frozenset(readings), labels, exclude)
-        values = capture(model, sites, losses, batch_size, reader.read, exclude)
-        finite = values.isfinite() & reader.sq_norms.isfinite().all(dim=1)
-        if exclude is not None:
-            finite &= ~exclude
-        if finite.all() or (exclude is not None and bool((finite == ~exclude).all())):
-            return reader.result(values, finite)
-        exclude = ~finite
+    reader = _Reader(parameters, batch_size, frozenset(readings), labels, {} if totals is None else totals)
+    values = capture(model, sites, losses, batch_size, reader.read, exclude)
+    finite = values.isfinite() & reader.sq_norms.isfinite().all(dim=1)
+    if exclude is not None:
+        finite &= ~exclude
+    return Readings(values.double(), finite, reader.sq_norms, reader.totals, reader.projections)
 
 
 class _Reader:
-    """Adds up what is read from one parameter after another."""
+    """Takes the readings of one parameter after another."""
 
     def __init__(
         self,
@@ -100,51 +114,62 @@ class _Reader:
         batch_size: int,
         readings: frozenset[Reading],
         labels: Tensor | None,
-        exclude: Tensor | None,
+        totals: Totals,
     ) -> None:
         device = next(iter(parameters.values())).device
-        self._column = {name: j for j, name in enumerate(parameters)}
-        self._parameters = parameters
-        self._readings = readings
-        self._exclude = exclude
-        self._groups = _groups(readings, labels, batch_size, device)
-        self.sq_norms = torch.zeros(batch_size, len(parameters), dtype=torch.float64, device=device)
-        self.sums: dict[GradientSums, dict[int | None, dict[str, Tensor]]] = {
-            reading: {group: {} for group in groups} for reading, groups in self._groups.items()
-        }
+        self.totals = totals
+        self._weights = _weights(readings, labels)
+        for reading, groups in self._weights.items():
+            for group in groups:
+                _fill(totals.setdefault(reading, {}).setdefault(group, {}), parameters)
+        self._norms = torch.zeros(len(parameters), batch_size, dtype=torch.float64, device=device)
+        self._row = {name: j for j, name in enumerate(parameters)}
         self.projections = {
             reading: torch.zeros(batch_size, reading.map.dim, dtype=torch.float64, device=device)
             for reading in readings
             if isinstance(reading, Projected)
         }
 
+    @property
+    def sq_norms(self) -> Tensor:
+        return self._norms.T
+
     def read(self, name: str, grads: LayerGrads) -> None:
-        self.sq_norms[:, self._column[name]] = grads.sq_norms().double()
-        for reading, groups in self._groups.items():
-            for group, weights in groups.items():
-                self.sums[reading][group][name] = grads.weighted_sum(weights)
-        for projected, total in self.projections.items():
-            total += projected.map.apply(name, grads)
-
-    def result(self, losses: Tensor, finite: Tensor) -> Readings:
-        for groups in self.sums.values():
-            for sums in groups.values():
-                for name, parameter in self._parameters.items():
-                    if name not in sums:  # no part in these losses: its gradient is zero
-                        sums[name] = torch.zeros(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-        return Readings(losses.double(), finite, self.sq_norms, self.sums, self.projections)
+        sums = tuple(
+            (weights, self.totals[reading][group][name])
+            for reading, groups in self._weights.items()
+            for group, weights in groups.items()
+        )
+        dense, other = [], []
+        for reading, total in self.projections.items():
+            (dense if isinstance(reading.map, DenseMap) else other).append((reading.map, total))
+        products = tuple((partial(_rows, m, name, grads.device), total) for m, total in dense)
+        read(grads, Request(self._norms[self._row[name]], sums, products))
+        for m, total in other:
+            total += m.apply(name, grads)
 
 
-def _groups(
-    readings: frozenset[Reading], labels: Tensor | None, batch_size: int, device: torch.device
-) -> dict[GradientSums, dict[int | None, Tensor]]:
-    """The weights [B] of every sum asked for: all examples, or those of one class."""
-    everyone = torch.ones(batch_size, device=device)
-    found: dict[GradientSums, dict[int | None, Tensor]] = {}
+def _rows(m: LinearMap, name: str, device: torch.device, start: int, stop: int) -> Tensor:
+    assert isinstance(m, DenseMap)
+    return m.rows(name, start, stop, device)
+
+
+def _fill(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if name not in sums:
+            dtype = wide_dtype(parameter.dtype)
+            sums[name] = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
+
+
+def _weights(
+    readings: frozenset[Reading], labels: Tensor | None
+) -> dict[GradientSums, dict[int | None, Tensor | None]]:
+    """The weights [B] of every sum asked for: None for one each, or those that pick the examples of a class."""
+    found: dict[GradientSums, dict[int | None, Tensor | None]] = {}
     for reading in readings:
         if isinstance(reading, GradientSums) and reading.by_class:
             assert labels is not None, "sums by class need labels"
-            found[reading] = {int(c): (labels == c).to(everyone.dtype) for c in torch.unique(labels)}
+            found[reading] = {int(c): (labels == c).float() for c in torch.unique(labels)}
         elif isinstance(reading, GradientSums):
-            found[reading] = {None: everyone}
+            found[reading] = {None: None}
     return found

@@ -41,7 +41,7 @@ Rule = Callable[[Call, Sequence[str]], dict[str, LayerGrads]]
 
 def rule_of(module: nn.Module) -> Rule:
     """The special rule for `module`, or `generic`."""
-    special = RULES.get(_original(type(module)))
+    special = _special(type(module))
     computed = "weight" not in module._parameters or parametrize.is_parametrized(module)  # as by weight_norm
     plain = "forward" not in module.__dict__ and not computed
     return special if special is not None and plain else generic
@@ -61,6 +61,13 @@ def linear(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
     if "bias" in wanted:
         found["bias"] = DenseGrads(widen(grad).sum(dim=1))
     return found
+
+
+def conv1d(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
+    """GPT-2's Linear with its weight transposed, [I, O]."""
+    found = linear(call, wanted)
+    weight = found.get("weight")
+    return found | ({"weight": OuterGrads(weight.right, weight.left)} if isinstance(weight, OuterGrads) else {})
 
 
 def embedding(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
@@ -170,9 +177,18 @@ def _batched(call: Call) -> Tensor:
     return source
 
 
-def _original(kind: type[nn.Module]) -> type[nn.Module]:
-    """The torch class whose `forward` a class inherits unchanged, or the class itself."""
-    return next((base for base in kind.__mro__ if base in RULES and base.forward is kind.forward), kind)
+def _special(kind: type[nn.Module]) -> Rule | None:
+    """The rule of the class whose `forward` this class has or inherits unchanged."""
+    for base in kind.__mro__:
+        rule = RULES.get(f"{base.__module__}.{base.__qualname__}")
+        if rule is not None and vars(base)["forward"] is kind.forward:
+            return rule
+    return None
 
 
-RULES: dict[type[nn.Module], Rule] = {nn.Linear: linear, nn.Embedding: embedding, nn.LayerNorm: layer_norm}
+RULES: dict[str, Rule] = {  # by name, so that no library is imported for the sake of its classes
+    "torch.nn.modules.linear.Linear": linear,
+    "torch.nn.modules.sparse.Embedding": embedding,
+    "torch.nn.modules.normalization.LayerNorm": layer_norm,
+    "transformers.pytorch_utils.Conv1D": conv1d,
+}

@@ -35,7 +35,7 @@ def check_subject(subject: Subject) -> None:
         ids = range(start, min(start + _EXAMPLES, total))
         batch = load_batch(subject, ids)
         labels_of(subject.task, batch)
-        readings = read_batch(subject, batch, frozenset({SquaredNorms(), GradientSums()}), None)
+        readings = read_batch(subject, batch, frozenset({SquaredNorms(), GradientSums()}))
         if readings.finite.all():
             _check_sums(subject, batch, readings.sums[GradientSums()][None])
             _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings)
@@ -67,7 +67,7 @@ def _check_sums(subject: Subject, batch: Batch, sums: object) -> None:
 
 
 def _check_alone(subject: Subject, single: Batch, beside: Readings) -> None:
-    alone = read_batch(subject, single, frozenset({SquaredNorms()}), None)
+    alone = read_batch(subject, single, frozenset({SquaredNorms()}))
     assert batch_size(single) == 1
     sq_norms = beside.sq_norms[0]
     together, scale = sq_norms.sqrt(), float(sq_norms.sum().sqrt())

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError, OutOfMemory
 from gradscale.grads.coverage import Site, select_parameters, sites
-from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, read_gradients
+from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
 from gradscale.measures.measure import MicroBatch, Statistic
 from gradscale.sketches import Sketch
 from gradscale.task import Batch, Examples, Task
@@ -99,26 +99,36 @@ def run_shard(
 
     Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`.
     """
-    states = {statistic: statistic.init() for statistic in statistics}
-    needs = _needs(statistics, sketch)
-    parts = []
-    for start in range(ids.start, ids.stop, microbatch):
-        part = range(start, min(start + microbatch, ids.stop))
-        with _explaining_memory(microbatch):
-            columns, batch = _read(subject, part, block, needs, sketch)
-        states = {statistic: statistic.update(state, batch) for statistic, state in states.items()}
-        parts.append(columns)
-    return ShardResult(_concatenate(parts), pytree.tree_map_only(Tensor, Tensor.cpu, states))
+    readings, labels = _read_range(subject, ids, microbatch, _needs(statistics, sketch))
+    batch = _finite_part(subject, ids, readings, labels, block)
+    states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
+    return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
 
 
-def read_batch(subject: Subject, batch: Batch, readings: frozenset[Reading], labels: Tensor | None) -> Readings:
-    """The readings of one batch, which is on the subject's device."""
+def read_batch(
+    subject: Subject,
+    batch: Batch,
+    readings: frozenset[Reading],
+    labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    totals: Totals | None = None,
+) -> Readings:
+    """The readings of one batch, which is on the subject's device; see `read_gradients`."""
 
     def losses(model: nn.Module) -> Tensor:
         return subject.task.losses(model, batch)
 
-    size = batch_size(batch)
-    return read_gradients(subject.model, subject.sites, subject.parameters, losses, size, readings, labels)
+    return read_gradients(
+        subject.model,
+        subject.sites,
+        subject.parameters,
+        losses,
+        batch_size(batch),
+        readings,
+        labels,
+        exclude,
+        totals,
+    )
 
 
 def load_batch(subject: Subject, ids: range) -> Batch:
@@ -159,25 +169,44 @@ def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> froze
     return asked | {Projected(sketch)} if sketch is not None else asked
 
 
-def _read(
-    subject: Subject, ids: range, block: int, needs: frozenset[Reading], sketch: Sketch | None
-) -> tuple[Columns, MicroBatch]:
-    batch = load_batch(subject, ids)
-    labels = labels_of(subject.task, batch)
-    readings = read_batch(subject, batch, needs, labels)
-    example_ids = torch.arange(ids.start, ids.stop, device=subject.device)
-    keep = readings.finite
-    columns = Columns(
-        example_ids,
-        labels,
-        readings.losses,
-        readings.sq_norms.sum(dim=1).where(keep, torch.nan),
-        readings.sq_norms.where(keep[:, None], torch.nan),
-        keep,
-        readings.projections[Projected(sketch)].float() if sketch is not None else None,
+def _read_range(
+    subject: Subject, ids: range, microbatch: int, needs: frozenset[Reading]
+) -> tuple[Readings, Tensor | None]:
+    """The readings and labels of all examples `ids`. If some are not finite, they are left out in a second pass."""
+    exclude = torch.zeros(len(ids), dtype=torch.bool, device=subject.device)
+    found = False
+    while True:
+        totals: Totals = {}
+        parts = []
+        for start in range(0, len(ids), microbatch):
+            part = slice(start, min(start + microbatch, len(ids)))
+            with _explaining_memory(microbatch):
+                batch = load_batch(subject, ids[part])
+                labels = labels_of(subject.task, batch)
+                left_out = exclude[part] if found else None
+                parts.append((read_batch(subject, batch, needs, labels, left_out, totals), labels))
+        readings = _joined([part for part, _ in parts])
+        spoilt = ~readings.finite & ~exclude
+        if not spoilt.any():
+            return readings, torch.cat([labels for _, labels in parts]) if parts[0][1] is not None else None
+        exclude, found = exclude | spoilt, True
+
+
+def _joined(parts: Sequence[Readings]) -> Readings:
+    """The readings of consecutive microbatches as one; they share their sums."""
+    return Readings(
+        torch.cat([part.losses for part in parts]),
+        torch.cat([part.finite for part in parts]),
+        torch.cat([part.sq_norms for part in parts]),
+        parts[-1].sums,
+        {name: torch.cat([part.projections[name] for part in parts]) for name in parts[0].projections},
     )
-    finite = MicroBatch(
-        example_ids[keep],
+
+
+def _finite_part(subject: Subject, ids: range, readings: Readings, labels: Tensor | None, block: int) -> MicroBatch:
+    keep = readings.finite
+    return MicroBatch(
+        torch.arange(ids.start, ids.stop, device=keep.device)[keep],
         readings.losses[keep],
         labels[keep] if labels is not None else None,
         tuple(subject.parameters),
@@ -186,12 +215,20 @@ def _read(
         {reading: products[keep] for reading, products in readings.projections.items()},
         block,
     )
-    return pytree.tree_map_only(Tensor, Tensor.cpu, columns), finite
 
 
-def _concatenate(parts: Sequence[Columns]) -> Columns:
-    joined = (torch.cat(column) if column[0] is not None else None for column in zip(*parts, strict=True))
-    return Columns(*joined)  # type: ignore[arg-type]
+def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Sketch | None) -> Columns:
+    keep = readings.finite
+    columns = Columns(
+        torch.arange(ids.start, ids.stop),
+        labels,
+        readings.losses,
+        readings.sq_norms.sum(dim=1).where(keep, torch.nan),
+        readings.sq_norms.where(keep[:, None], torch.nan),
+        keep,
+        readings.projections[Projected(sketch)].float() if sketch is not None else None,
+    )
+    return pytree.tree_map_only(Tensor, Tensor.cpu, columns)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ Shapes: B examples, P entries of one parameter, K outputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +17,10 @@ from torch import Tensor
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.layer import LayerGrads
+from gradscale.grads.sweep import Request, read
 from gradscale.sketches.philox import Key, key_of, normals
 
 VERSION = 1
-_BLOCK_ENTRIES = 1 << 22
 _CACHE_BYTES = 1 << 30
 
 
@@ -38,12 +37,15 @@ class GaussianProbes:
     def __post_init__(self) -> None:
         check_dim("number of probes", self.dim)
 
+    def rows(self, parameter: str, start: int, stop: int, device: torch.device) -> Tensor:
+        return _rows(_key("probe", self.seed, parameter), start, stop, self.dim, 1.0, device)
+
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
-        return _project(key_of("gaussian", VERSION, self.seed, "probe", parameter), self.dim, grads)
+        return _apply(self, parameter, grads)
 
     def materialize(self, parameter: str, size: int) -> Tensor:
         """[P, K] float32: the definition."""
-        return _block(key_of("gaussian", VERSION, self.seed, "probe", parameter), 0, size, self.dim, "cpu")
+        return normals(_key("probe", self.seed, parameter), 0, size, self.dim, torch.device("cpu"))
 
 
 @dataclass(frozen=True)
@@ -64,14 +66,16 @@ class GaussianSketch:
         """What makes two sketches comparable; kept beside them."""
         return {"name": "gaussian", "version": VERSION, "seed": self.seed, "dim": self.dim}
 
+    def rows(self, parameter: str, start: int, stop: int, device: torch.device) -> Tensor:
+        return _rows(_key("sketch", self.seed, parameter), start, stop, self.dim, math.sqrt(1 / self.dim), device)
+
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
-        key = key_of("gaussian", VERSION, self.seed, "sketch", parameter)
-        return _project(key, self.dim, grads) * math.sqrt(1 / self.dim)
+        return _apply(self, parameter, grads)
 
     def materialize(self, parameter: str, size: int) -> Tensor:
-        """[P, K] float32: the definition, up to the last rounding."""
-        key = key_of("gaussian", VERSION, self.seed, "sketch", parameter)
-        return _block(key, 0, size, self.dim, "cpu") * math.sqrt(1 / self.dim)
+        """[P, K] float32: the definition."""
+        key = _key("sketch", self.seed, parameter)
+        return normals(key, 0, size, self.dim, torch.device("cpu")) * math.sqrt(1 / self.dim)
 
 
 def check_dim(what: str, dim: int) -> None:
@@ -79,36 +83,29 @@ def check_dim(what: str, dim: int) -> None:
         raise GradscaleError(f"{what} must be at least 1, got {dim}")
 
 
-def _project(key: Key, dim: int, grads: LayerGrads) -> Tensor:
-    """[B, K]: the gradients times the parameter's block, a group of examples and a block of rows at a time."""
-    parts = []
-    for group in grads.split():
-        dense = group.materialize()
-        total = dense.new_zeros(dense.shape[0], dim)
-        for start, stop in _row_blocks(dense.shape[1], dim):
-            total += dense[:, start:stop] @ _cached(key, start, stop, dim, str(dense.device)).to(dense.dtype)
-        parts.append(total)
-    return torch.cat(parts)
+def _key(role: str, seed: int, parameter: str) -> Key:
+    return key_of("gaussian", VERSION, seed, role, parameter)
 
 
-def _row_blocks(size: int, dim: int) -> Iterator[tuple[int, int]]:
-    rows = max(1, _BLOCK_ENTRIES // dim)
-    for start in range(0, size, rows):
-        yield start, min(start + rows, size)
+def _apply(dense: GaussianProbes | GaussianSketch, parameter: str, grads: LayerGrads) -> Tensor:
+    total = torch.zeros(grads.shape[0], dense.dim, dtype=torch.float64, device=grads.device)
 
+    def rows(start: int, stop: int) -> Tensor:
+        return dense.rows(parameter, start, stop, grads.device)
 
-def _block(key: Key, start: int, stop: int, dim: int, device: str) -> Tensor:
-    return normals(key, start, stop, dim, torch.device(device))
+    read(grads, Request(None, (), ((rows, total),)))
+    return total
 
 
 _cache: dict[tuple[Key, int, int, int, str], Tensor] = {}  # blocks of this process, never evicted: they are in use
 
 
-def _cached(key: Key, start: int, stop: int, dim: int, device: str) -> Tensor:
-    name = (key, start, stop, dim, device)
-    if name not in _cache:
-        block = _block(key, start, stop, dim, device)
-        if sum(kept.nbytes for kept in _cache.values()) + block.nbytes > _CACHE_BYTES:
-            return block
+def _rows(key: Key, start: int, stop: int, dim: int, scale: float, device: torch.device) -> Tensor:
+    """Rows start to stop of the map; kept while the budget lasts, since every microbatch asks for the same blocks."""
+    name = (key, start, stop, dim, str(device))
+    if name in _cache:
+        return _cache[name]
+    block = normals(key, start, stop, dim, device).mul_(scale)
+    if sum(kept.nbytes for kept in _cache.values()) + block.nbytes <= _CACHE_BYTES:
         _cache[name] = block
-    return _cache[name]
+    return block
