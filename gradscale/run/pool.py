@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,9 +21,12 @@ from gradscale.errors import GradscaleError, OutOfMemory
 from gradscale.run.shard import memory_message
 from gradscale.run.worker import Job, Worker
 
+_LOG = logging.getLogger("gradscale")
 _ATTEMPTS = 3
 _DEATHS = 5  # an item in whose hands so many actors died is given up: it kills them
 _POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 30.0  # without a single worker, before the log says so
+_CONNECT_SECONDS = 10.0  # Ray itself would try an address where nothing listens for many minutes
 _INLINE_BYTES = 1 << 16  # Ray sends arguments of this size with the call itself
 
 
@@ -43,18 +48,23 @@ def ray_session(address: str | None, workers: int, resources: Resources) -> Iter
     """Join the cluster at `address` (or RAY_ADDRESS, or the one this process has joined), else start one here.
 
     Only a session that was started here is shut down at the end.
-    Raises: GradscaleError if there is no cluster at `address`.
+    Raises: GradscaleError if there is no cluster at `address`, or this machine lacks the GPUs.
     """
     _settings()
+    joined = _joined(address)
+    if joined:
+        _use_token()  # before Ray is imported, which is when it looks
     import ray
 
     if ray.is_initialized():
+        if address:
+            _LOG.warning("address %s is not used: this process has joined a Ray cluster already", address)
         yield
         return
-    joined = address or os.environ.get("RAY_ADDRESS")
+    if joined:
+        _check_listening(joined)
     try:
-        if joined and joined != "local":
-            _use_token()
+        if joined:
             ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR)
         else:
             cpus = max(os.cpu_count() or 1, workers * resources.threads)
@@ -66,15 +76,23 @@ def ray_session(address: str | None, workers: int, resources: Resources) -> Iter
                 logging_level=logging.ERROR,
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GradscaleError(f"address must be that of a running Ray cluster, got {joined}: {error}") from error
+        raise GradscaleError(
+            f"address must be that of a running Ray cluster, got {joined}: {error}; if it asks for a token, "
+            "set RAY_AUTH_MODE=token before Python starts"
+        ) from error
     try:
+        if not joined:
+            _check_gpus(resources.gpus, ray.cluster_resources().get("GPU", 0))
         yield
     finally:
         ray.shutdown()
 
 
 class Pool:
-    """A fixed number of actors on the Ray cluster that this process has joined."""
+    """A fixed number of actors on the Ray cluster that this process has joined; `with` ends them.
+
+    Were they left to the garbage collector, an exception that somebody keeps would keep them and their CPUs too.
+    """
 
     def __init__(self, job: Job, workers: int, resources: Resources) -> None:
         import ray
@@ -82,11 +100,20 @@ class Pool:
         actor = ray.remote(Worker).options(
             num_cpus=resources.threads, num_gpus=resources.gpus, max_restarts=-1, max_task_retries=0
         )
-        pickled: bytes = ray.cloudpickle.dumps(job)
+        pickled = _pickled(job)
         self._job = pickled if len(pickled) < _INLINE_BYTES else ray.put(pickled)  # held: actors restart from it
         path = [str(Path(entry).resolve()) for entry in sys.path]
         self._actors: list[Any] = [actor.remote(self._job, path, os.getcwd()) for _ in range(workers)]
         self._microbatch = job.microbatch
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method on whichever actor is up first; its last error is raised here."""
@@ -131,7 +158,11 @@ class _Dispatch:
     def run(self, on_result: Callable[[Any], None]) -> None:
         import ray
 
+        started = time.monotonic()
         while self._waiting or self._running:
+            if not (self._idle or self._running) and time.monotonic() - started > _PATIENCE_SECONDS:
+                _LOG.warning("still waiting for a first worker; the cluster has %s", ray.available_resources())
+                started = time.monotonic()
             while self._waiting and self._idle:
                 actor, index = self._idle.pop(), self._waiting.popleft()
                 self._running[getattr(actor, self._method).remote(*self._items[index])] = (actor, index)
@@ -205,6 +236,45 @@ def _short(error: Exception) -> str:
     """The last line of Ray's long messages that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _pickled(job: Job) -> bytes:
+    import ray
+
+    try:
+        return bytes(ray.cloudpickle.dumps(job))
+    except Exception as error:  # whatever an object's __reduce__ raises
+        raise GradscaleError(
+            f"task must be picklable, got {type(error).__name__}: {error}; open files and connections, and make locks, "
+            "where they are used, or name the task as module:attribute of a class"
+        ) from error
+
+
+def _joined(address: str | None) -> str | None:
+    """The address of the cluster to join; None to start one here."""
+    named = address or os.environ.get("RAY_ADDRESS")
+    return None if named == "local" else named or None
+
+
+def _check_listening(address: str) -> None:
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():
+        return  # such as auto
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise GradscaleError(
+            f"address must be that of a running Ray cluster, got {address} where nothing answers: {error}; "
+            "start one there with `ray start --head`, or leave the address out"
+        ) from error
+
+
+def _check_gpus(asked: float, present: float) -> None:
+    if asked > present:
+        raise GradscaleError(
+            f"gpus_per_worker must be at most the GPUs of this machine, {present:g}, got {asked:g}; "
+            "use fewer, or the address of a cluster that has them"
+        )
 
 
 def _settings() -> None:

@@ -104,7 +104,7 @@ def run_shard(
     parts = []
     for start in range(ids.start, ids.stop, microbatch):
         part = range(start, min(start + microbatch, ids.stop))
-        with _explaining_memory(microbatch):
+        with explaining_memory(microbatch):
             columns, batch = _read(subject, part, block, needs, sketch)
         states = {statistic: statistic.update(state, batch) for statistic, state in states.items()}
         parts.append(columns)
@@ -195,7 +195,7 @@ def _concatenate(parts: Sequence[Columns]) -> Columns:
 
 
 @contextmanager
-def _explaining_memory(microbatch: int) -> Iterator[None]:
+def explaining_memory(microbatch: int) -> Iterator[None]:
     """Turns running out of memory into an error that says which microbatch size to try."""
     try:
         yield
