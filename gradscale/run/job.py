@@ -20,8 +20,9 @@ from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.measure import Measure
 from gradscale.measures.settings import check_measures, json_values, plain_fields, settings_of
+from gradscale.run.cluster import Resources, ray_session
 from gradscale.run.plan import Plan, check_positive, differences
-from gradscale.run.pool import Failure, Pool, Resources, ray_session
+from gradscale.run.pool import Failure, Pool
 from gradscale.run.worker import Description, Job
 from gradscale.sketches import Sketch, parse_sketch
 from gradscale.store.files import Files

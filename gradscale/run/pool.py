@@ -1,4 +1,4 @@
-"""Ray actors that hold a worker each and take items one by one; the only module that imports ray, with gang.py.
+"""Ray actors that hold a worker each and take items one by one.
 
 Ray may run an item more than once; the commit record makes it count once. An actor that dies is restarted by
 Ray and its item is done again. An item that raises is tried up to three times.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradscale.errors import GradscaleError, OutOfMemory
+from gradscale.run.cluster import Resources
 from gradscale.run.shard import memory_message
 from gradscale.run.worker import Job, Worker
 
@@ -26,66 +25,13 @@ _ATTEMPTS = 3
 _DEATHS = 5  # an item in whose hands so many actors died is given up: it kills them
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 30.0  # without a single worker, before the log says so
-_CONNECT_SECONDS = 10.0  # Ray itself would try an address where nothing listens for many minutes
 _INLINE_BYTES = 1 << 16  # Ray sends arguments of this size with the call itself
-
-
-class Resources(NamedTuple):
-    """What one worker asks of the cluster."""
-
-    threads: int
-    gpus: float
 
 
 class Failure(NamedTuple):
     item: Any
     attempts: int
     error: Exception
-
-
-@contextmanager
-def ray_session(address: str | None, workers: int, resources: Resources) -> Iterator[None]:
-    """Join the cluster at `address` (or RAY_ADDRESS, or the one this process has joined), else start one here.
-
-    Only a session that was started here is shut down at the end.
-    Raises: GradscaleError if there is no cluster at `address`, or this machine lacks the GPUs.
-    """
-    _settings()
-    joined = _joined(address)
-    if joined:
-        _use_token()  # before Ray is imported, which is when it looks
-    import ray
-
-    if ray.is_initialized():
-        if address:
-            _LOG.warning("address %s is not used: this process has joined a Ray cluster already", address)
-        yield
-        return
-    if joined:
-        _check_listening(joined)
-    try:
-        if joined:
-            ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            cpus = max(os.cpu_count() or 1, workers * resources.threads)
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GradscaleError(
-            f"address must be that of a running Ray cluster, got {joined}: {error}; if it asks for a token, "
-            "set RAY_AUTH_MODE=token before Python starts"
-        ) from error
-    try:
-        if not joined:
-            _check_gpus(resources.gpus, ray.cluster_resources().get("GPU", 0))
-        yield
-    finally:
-        ray.shutdown()
 
 
 class Pool:
@@ -248,41 +194,3 @@ def _pickled(job: Job) -> bytes:
             f"task must be picklable, got {type(error).__name__}: {error}; open files and connections, and make locks, "
             "where they are used, or name the task as module:attribute of a class"
         ) from error
-
-
-def _joined(address: str | None) -> str | None:
-    """The address of the cluster to join; None to start one here."""
-    named = address or os.environ.get("RAY_ADDRESS")
-    return None if named == "local" else named or None
-
-
-def _check_listening(address: str) -> None:
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():
-        return  # such as auto
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS).close()
-    except (OSError, OverflowError) as error:
-        raise GradscaleError(
-            f"address must be that of a running Ray cluster, got {address} where nothing answers: {error}; "
-            "start one there with `ray start --head`, or leave the address out"
-        ) from error
-
-
-def _check_gpus(asked: float, present: float) -> None:
-    if asked > present:
-        raise GradscaleError(
-            f"gpus_per_worker must be at most the GPUs of this machine, {present:g}, got {asked:g}; "
-            "use fewer, or the address of a cluster that has them"
-        )
-
-
-def _settings() -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-
-
-def _use_token() -> None:
-    """Ray 2.60 asks for a token where it wrote one, but its clients send it only when told to."""
-    if (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
