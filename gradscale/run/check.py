@@ -8,6 +8,8 @@ Shapes: B examples, L parameters.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from gradscale.errors import GradscaleError
@@ -16,23 +18,24 @@ from gradscale.run.shard import Subject, batch_size, labels_of, load_batch, read
 from gradscale.task import Batch
 
 _EXAMPLES = 4
-_ATTEMPTS = 8
+_ATTEMPTS = 64
+_LOG = logging.getLogger("gradscale")
 _MIXING = (
     "the losses or the model mix examples (batch statistics, a mean over the batch, padding that is attended to, "
     "an output whose first dimension is not the batch)"
 )
 
 
-def check_subject(subject: Subject) -> None:
-    """Compare with autograd on the first examples whose losses and gradients are finite.
+def check_subject(subject: Subject, microbatch: int = _EXAMPLES) -> None:
+    """Compare with autograd on the first few examples, at most `microbatch`, whose losses and gradients are finite.
 
     (i) The sum of the per-example gradients is the gradient of the summed losses, for every parameter;
     (ii) the first example has the same loss and gradient norms alone as beside the others.
     Raises: GradscaleError naming the parameters that differ.
     """
-    total = len(subject.examples)
-    for start in range(0, min(total, _ATTEMPTS * _EXAMPLES), _EXAMPLES):
-        ids = range(start, min(start + _EXAMPLES, total))
+    total, size = len(subject.examples), min(_EXAMPLES, microbatch)
+    for start in range(0, min(total, _ATTEMPTS * size), size):
+        ids = range(start, min(start + size, total))
         batch = load_batch(subject, ids)
         labels_of(subject.task, batch)
         readings = read_batch(subject, batch, frozenset({SquaredNorms(), GradientSums()}))
@@ -40,6 +43,7 @@ def check_subject(subject: Subject) -> None:
             _check_sums(subject, batch, readings.sums[GradientSums()][None])
             _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings)
             return
+    _LOG.warning("the first examples all have a non-finite loss or gradient: the gradients were not held to autograd")
 
 
 def _check_sums(subject: Subject, batch: Batch, sums: object) -> None:

@@ -20,8 +20,9 @@ from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.measure import Measure
 from gradscale.measures.settings import check_measures, json_values, plain_fields, settings_of
+from gradscale.run.cluster import Resources, ray_session
 from gradscale.run.plan import Plan, check_positive, differences
-from gradscale.run.pool import Failure, Pool, Resources, ray_session
+from gradscale.run.pool import Failure, Pool
 from gradscale.run.worker import Description, Job
 from gradscale.sketches import Sketch, parse_sketch
 from gradscale.store.files import Files
@@ -92,8 +93,7 @@ def measure(
         "cuda" if gpus_per_worker else "cpu",
     )
     resources = Resources(threads_per_worker, gpus_per_worker)
-    with ray_session(address, workers, resources):
-        pool = Pool(job, workers, resources)
+    with ray_session(address, workers, resources), Pool(job, workers, resources) as pool:
         description = pool.call("describe", steps[0].path)
         plan = _plan(job, name, options, steps, description, seed, shard_size)
         _check_workers(workers, plan)
@@ -111,6 +111,8 @@ def open_store(out: str) -> Store:
     Raises: GradscaleError if `out` is neither new, nor an empty folder, nor a run.
     """
     files = Files(out)
+    if files.size("") >= 0:
+        raise GradscaleError(f"out must be a folder, got the file {out}; choose another name")
     if not files.exists(PLAN) and files.exists() and any(not name.endswith(".tmp") for name in files.list()):
         raise GradscaleError(
             f"out must be a new folder, an empty one or a gradscale run, got {out} with other files and no {PLAN}; "

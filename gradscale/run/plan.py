@@ -65,8 +65,9 @@ class Plan:
     @property
     def blocks(self) -> int:
         """How many jackknife blocks the shards of a step fall into."""
-        entries = sum(math.prod(parameter["shape"]) for parameter in self.parameters.values())
-        return min(_MAX_BLOCKS, self.shards, max(2, _BLOCK_BYTES // (8 * max(1, entries))))
+        entries = sum(int(math.prod(parameter["shape"])) for parameter in self.parameters.values())
+        affordable = max(2, _BLOCK_BYTES // (8 * max(1, entries)))
+        return min(_MAX_BLOCKS, self.shards, affordable)
 
     @property
     def shards(self) -> int:

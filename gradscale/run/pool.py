@@ -1,4 +1,4 @@
-"""Ray actors that hold a worker each and take items one by one; the only module that imports ray, with gang.py.
+"""Ray actors that hold a worker each and take items one by one.
 
 Ray may run an item more than once; the commit record makes it count once. An actor that dies is restarted by
 Ray and its item is done again. An item that raises is tried up to three times.
@@ -9,27 +9,23 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradscale.errors import GradscaleError, OutOfMemory
+from gradscale.run.cluster import Resources
 from gradscale.run.shard import memory_message
 from gradscale.run.worker import Job, Worker
 
+_LOG = logging.getLogger("gradscale")
 _ATTEMPTS = 3
 _DEATHS = 5  # an item in whose hands so many actors died is given up: it kills them
 _POLL_SECONDS = 1.0
+_PATIENCE_SECONDS = 30.0  # without a single worker, before the log says so
 _INLINE_BYTES = 1 << 16  # Ray sends arguments of this size with the call itself
-
-
-class Resources(NamedTuple):
-    """What one worker asks of the cluster."""
-
-    threads: int
-    gpus: float
 
 
 class Failure(NamedTuple):
@@ -38,43 +34,11 @@ class Failure(NamedTuple):
     error: Exception
 
 
-@contextmanager
-def ray_session(address: str | None, workers: int, resources: Resources) -> Iterator[None]:
-    """Join the cluster at `address` (or RAY_ADDRESS, or the one this process has joined), else start one here.
-
-    Only a session that was started here is shut down at the end.
-    Raises: GradscaleError if there is no cluster at `address`.
-    """
-    _settings()
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    joined = address or os.environ.get("RAY_ADDRESS")
-    try:
-        if joined and joined != "local":
-            _use_token()
-            ray.init(address=joined, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            cpus = max(os.cpu_count() or 1, workers * resources.threads)
-            ray.init(
-                address="local",
-                num_cpus=cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise GradscaleError(f"address must be that of a running Ray cluster, got {joined}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
 class Pool:
-    """A fixed number of actors on the Ray cluster that this process has joined."""
+    """A fixed number of actors on the Ray cluster that this process has joined; `with` ends them.
+
+    Were they left to the garbage collector, an exception that somebody keeps would keep them and their CPUs too.
+    """
 
     def __init__(self, job: Job, workers: int, resources: Resources) -> None:
         import ray
@@ -82,11 +46,20 @@ class Pool:
         actor = ray.remote(Worker).options(
             num_cpus=resources.threads, num_gpus=resources.gpus, max_restarts=-1, max_task_retries=0
         )
-        pickled: bytes = ray.cloudpickle.dumps(job)
+        pickled = _pickled(job)
         self._job = pickled if len(pickled) < _INLINE_BYTES else ray.put(pickled)  # held: actors restart from it
         path = [str(Path(entry).resolve()) for entry in sys.path]
         self._actors: list[Any] = [actor.remote(self._job, path, os.getcwd()) for _ in range(workers)]
         self._microbatch = job.microbatch
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        import ray
+
+        for actor in self._actors:
+            ray.kill(actor)
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Run one method on whichever actor is up first; its last error is raised here."""
@@ -131,7 +104,11 @@ class _Dispatch:
     def run(self, on_result: Callable[[Any], None]) -> None:
         import ray
 
+        started = time.monotonic()
         while self._waiting or self._running:
+            if not (self._idle or self._running) and time.monotonic() - started > _PATIENCE_SECONDS:
+                _LOG.warning("still waiting for a first worker; the cluster has %s", ray.available_resources())
+                started = time.monotonic()
             while self._waiting and self._idle:
                 actor, index = self._idle.pop(), self._waiting.popleft()
                 self._running[getattr(actor, self._method).remote(*self._items[index])] = (actor, index)
@@ -207,12 +184,13 @@ def _short(error: Exception) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _settings() -> None:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+def _pickled(job: Job) -> bytes:
+    import ray
 
-
-def _use_token() -> None:
-    """Ray 2.60 asks for a token where it wrote one, but its clients send it only when told to."""
-    if (Path.home() / ".ray" / "auth_token").exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        return bytes(ray.cloudpickle.dumps(job))
+    except Exception as error:  # whatever an object's __reduce__ raises
+        raise GradscaleError(
+            f"task must be picklable, got {type(error).__name__}: {error}; open files and connections, and make locks, "
+            "where they are used, or name the task as module:attribute of a class"
+        ) from error

@@ -180,7 +180,7 @@ def _read_range(
         parts = []
         for start in range(0, len(ids), microbatch):
             part = slice(start, min(start + microbatch, len(ids)))
-            with _explaining_memory(microbatch):
+            with explaining_memory(microbatch):
                 batch = load_batch(subject, ids[part])
                 labels = labels_of(subject.task, batch)
                 left_out = exclude[part] if found else None
@@ -232,7 +232,7 @@ def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Sket
 
 
 @contextmanager
-def _explaining_memory(microbatch: int) -> Iterator[None]:
+def explaining_memory(microbatch: int) -> Iterator[None]:
     """Turns running out of memory into an error that says which microbatch size to try."""
     try:
         yield

@@ -16,7 +16,7 @@ from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.plan import Plan, Unit
-from gradscale.run.shard import Subject, labels_of, load_batch, prepare, run_shard
+from gradscale.run.shard import Subject, explaining_memory, labels_of, load_batch, prepare, run_shard
 from gradscale.sketches import Sketch
 from gradscale.store.files import Files
 from gradscale.store.store import ShardColumns, Store
@@ -82,7 +82,8 @@ class Worker:
         examples = len(subject.examples)
         if not examples:
             raise GradscaleError("the dataset must have at least one example, got 0; check --data")
-        check_subject(subject)
+        with explaining_memory(self._job.microbatch):
+            check_subject(subject, self._job.microbatch)
         first = load_batch(subject, range(1))
         return Description(
             examples,

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from gradscale.errors import GradscaleError
 from gradscale.store.files import Files
-from gradscale.store.store import ESTIMATES, PLAN, Store
+from gradscale.store.store import ESTIMATES, PLAN, Store, file_name
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,9 +57,10 @@ class Run:
         return [int(step) for step in self.plan["checkpoints"]]
 
     def estimates(self) -> pd.DataFrame:
-        """One row per (step, measure, name, scope). `stderr` is NaN where the value is exact or its error unknown.
+        """One row per (step, measure, name, scope); steps without all their shards have none.
 
-        Raises: GradscaleError if no step has been measured in full yet.
+        `stderr` is NaN where the value is exact or its error unknown.
+        Raises: GradscaleError if the run was interrupted before it came to its estimates.
         """
         if not self.files.exists(ESTIMATES):
             raise GradscaleError(f"run {self.path} must be complete to have estimates, got none; run its command again")
@@ -81,8 +82,9 @@ class Run:
                 f"run {self.path} must have been measured with sketch=NAME:K, got a run without sketches"
             )
         table = self._dataset("sketches", step).to_table()
-        column = table["sketch"].combine_chunks()
-        matrix = column.flatten().to_numpy(zero_copy_only=True).reshape(len(table), -1)
+        column = table["sketch"]
+        whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
+        matrix = whole.flatten().to_numpy(zero_copy_only=True).reshape(len(table), -1)
         return table["example_id"].to_numpy(), matrix
 
     def gram(self, step: int) -> np.ndarray:
@@ -99,7 +101,7 @@ class Run:
         return gram
 
     def sql(self, query: str) -> pd.DataFrame:
-        """A DuckDB query over the tables `rows`, `estimates` and, where stored, `sketches` (with their step)."""
+        """A DuckDB query over the tables `rows`, `estimates` and, where stored, `sketches`."""
         import duckdb
 
         with duckdb.connect() as connection:
@@ -107,7 +109,7 @@ class Run:
             if self.files.exists(ESTIMATES):
                 connection.register("estimates", self._table(ESTIMATES))
             if self.plan["sketch"] is not None:
-                connection.register("sketches", self._sketch_table())
+                connection.register("sketches", self._dataset("sketches"))
             frame: pd.DataFrame = connection.execute(query).df()
         return frame
 
@@ -116,19 +118,12 @@ class Run:
         names = self.files.list("failures")
         return [json.loads(self.files.read(name).to_pybytes()) for name in names]
 
-    def _sketch_table(self) -> pa.Table:
-        tables = []
-        for step in sorted({step for step, _ in Store(self.files).committed()}):
-            table = self._dataset("sketches", step).to_table()
-            tables.append(table.append_column("step", pa.array(np.full(len(table), step, dtype=np.int64))))
-        return pa.concat_tables(tables)
-
     def _dataset(self, folder: str, step: int | None = None) -> ds.Dataset:
         """The committed files below `folder`, in the order of steps and shards."""
         shards = [unit for unit in sorted(Store(self.files).committed()) if step is None or unit[0] == step]
         if not shards:
             raise GradscaleError(f"run {self.path} must have a committed shard, got none; run its command again")
-        paths = [self.files.path(f"{folder}/step={s:08d}/shard-{shard:05d}.parquet") for s, shard in shards]
+        paths = [self.files.path(file_name(folder, s, shard, "parquet")) for s, shard in shards]
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         return ds.dataset(
             paths, filesystem=self.files.system, format=ds.ParquetFileFormat(default_fragment_scan_options=options)

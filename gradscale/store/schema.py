@@ -41,6 +41,7 @@ def sketches(dim: int, scheme: Mapping[str, object]) -> pa.Schema:
     return pa.schema(
         [
             _field("example_id", pa.int64(), "index in the dataset"),
+            _field("step", pa.int64(), "optimizer step"),
             _field("sketch", pa.list_(pa.float32(), dim), "loss units / parameter unit"),
         ],
         metadata=_metadata(sketch=json.dumps(dict(scheme), sort_keys=True)),

@@ -63,13 +63,13 @@ class Store:
     ) -> list[StoredFile]:
         """Write the files of one shard, without its commit record; `states` is measure key -> flat tensors."""
         written = [
-            self._write(_name("rows", step, shard, "parquet"), _parquet(_rows(step, shard, columns, parameters)))
+            self._write(file_name("rows", step, shard, "parquet"), _parquet(_rows(step, shard, columns, parameters)))
         ]
         if columns.sketch is not None:
             assert scheme is not None
-            table = _sketches(columns, scheme)
-            written.append(self._write(_name("sketches", step, shard, "parquet"), _parquet(table)))
-        written.append(self._write(_name("states", step, shard, "safetensors"), encode_states(states)))
+            table = _sketches(step, columns, scheme)
+            written.append(self._write(file_name("sketches", step, shard, "parquet"), _parquet(table)))
+        written.append(self._write(file_name("states", step, shard, "safetensors"), encode_states(states)))
         return written
 
     def commit(self, step: int, shard: int, record: Mapping[str, Any]) -> None:
@@ -83,32 +83,37 @@ class Store:
                     f"run directory {self.files.root} must be storage that every worker and the driver share, got no "
                     f"complete {name} after a worker had written it; use a shared folder or a URI such as s3://"
                 )
-        self.files.delete(_name("failures", step, shard, "json"))
-        self.files.write(_name("commits", step, shard, "json"), json.dumps(record, indent=2).encode())
+        self.files.delete(file_name("failures", step, shard, "json"))
+        self.files.write(file_name("commits", step, shard, "json"), json.dumps(record, indent=2).encode())
 
     def record_failure(self, step: int, shard: int, record: Mapping[str, Any]) -> None:
-        self.files.write(_name("failures", step, shard, "json"), json.dumps(record, indent=2).encode())
+        self.files.write(file_name("failures", step, shard, "json"), json.dumps(record, indent=2).encode())
 
     def committed(self) -> set[tuple[int, int]]:
         """(step, shard) of every committed shard."""
         return {_step_and_shard(name) for name in self.files.list("commits") if name.endswith(".json")}
 
     def commit_record(self, step: int, shard: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.files.read(_name("commits", step, shard, "json")).to_pybytes())
+        found: dict[str, Any] = json.loads(self.files.read(file_name("commits", step, shard, "json")).to_pybytes())
         return found
 
     def read_states(self, step: int, shard: int) -> dict[str, dict[str, Tensor]]:
-        return decode_states(self._read_committed(_name("states", step, shard, "safetensors"), step, shard))
+        return decode_states(self._read_committed(file_name("states", step, shard, "safetensors"), step, shard))
 
     def write_merged(self, step: int, states: Mapping[str, Mapping[str, Tensor]], shards: int) -> None:
-        """Write a step's states folded over its shards, then drop the shards' own."""
-        self.files.write(_merged(step), encode_states(states))
+        """Write a step's states folded over its shards and a record of them, then drop the shards' own."""
+        written = self._write(_merged(step, "safetensors"), encode_states(states))
+        self.files.write(_merged(step, "json"), json.dumps(list(written)).encode())
         for shard in range(shards):
-            self.files.delete(_name("states", step, shard, "safetensors"))
+            self.files.delete(file_name("states", step, shard, "safetensors"))
 
     def read_merged(self, step: int) -> dict[str, dict[str, Tensor]] | None:
         """A step's folded states, or None if its shards have not been folded yet."""
-        return decode_states(self.files.read(_merged(step)).to_pybytes()) if self.files.exists(_merged(step)) else None
+        if not self.files.exists(_merged(step, "json")):
+            return None
+        stored = StoredFile(*json.loads(self.files.read(_merged(step, "json")).to_pybytes()))
+        remedy = f"delete the folders {_folder('states', step)} and {_folder('commits', step)}"
+        return decode_states(self._read_checked(stored, remedy))
 
     def write_estimates(self, rows: Iterable[tuple[Any, ...]]) -> None:
         """Write estimates.parquet: one tuple a row, in the order of the schema's fields."""
@@ -121,16 +126,19 @@ class Store:
         return StoredFile(name, self.files.write(name, content), xxhash.xxh3_64_hexdigest(content))
 
     def _read_committed(self, name: str, step: int, shard: int) -> bytes:
-        """The content of a committed file.
+        stored = next(StoredFile(*f) for f in self.commit_record(step, shard)["files"] if f[0] == name)
+        return self._read_checked(stored, f"delete {file_name('commits', step, shard, 'json')}")
 
-        Raises: GradscaleError if it is not what was committed.
+    def _read_checked(self, stored: StoredFile, remedy: str) -> bytes:
+        """The content of a file.
+
+        Raises: GradscaleError if it is not what was written.
         """
-        expected = next(f for f in self.commit_record(step, shard)["files"] if f[0] == name)
-        content = self.files.read(name).to_pybytes() if self.files.exists(name) else b""
-        if xxhash.xxh3_64_hexdigest(content) != expected[2]:
+        content = self.files.read(stored.name).to_pybytes() if self.files.exists(stored.name) else b""
+        if xxhash.xxh3_64_hexdigest(content) != stored.xxh3_64:
             raise GradscaleError(
-                f"{name} must be as it was committed, got other content; delete "
-                f"{_name('commits', step, shard, 'json')} in {self.files.root} and run the same command again"
+                f"{stored.name} must be as it was written, got other content; {remedy} in {self.files.root} and run "
+                "the same command again"
             )
         return content
 
@@ -166,12 +174,13 @@ def _rows(step: int, shard: int, columns: ShardColumns, parameters: Sequence[str
     return pa.Table.from_arrays([pa.array(arrays[name]) for name in kind.names], schema=kind)
 
 
-def _sketches(columns: ShardColumns, scheme: Mapping[str, object]) -> pa.Table:
+def _sketches(step: int, columns: ShardColumns, scheme: Mapping[str, object]) -> pa.Table:
     assert columns.sketch is not None
     matrix = columns.sketch[columns.finite]
-    ids = columns.example_id[columns.finite]
+    ids = columns.example_id[columns.finite].numpy()
     kind = schema.sketches(matrix.shape[1], scheme)
-    return pa.Table.from_arrays([pa.array(ids.numpy()), _fixed_size_list(matrix)], schema=kind)
+    steps = np.full(len(ids), step, dtype=np.int64)
+    return pa.Table.from_arrays([pa.array(ids), pa.array(steps), _fixed_size_list(matrix)], schema=kind)
 
 
 def _fixed_size_list(matrix: Tensor) -> pa.Array:
@@ -188,14 +197,19 @@ def _parquet(table: pa.Table) -> pa.Buffer:
     return sink.getvalue()
 
 
-def _name(folder: str, step: int, shard: int, extension: str) -> str:
-    return f"{folder}/step={step:08d}/shard-{shard:05d}.{extension}"
+def file_name(folder: str, step: int, shard: int, extension: str) -> str:
+    return f"{_folder(folder, step)}/shard-{shard:05d}.{extension}"
 
 
-def _merged(step: int) -> str:
-    return f"states/step={step:08d}/merged.safetensors"
+def _folder(folder: str, step: int) -> str:
+    """Not step=…: of such a name readers make a second column `step`, of another type than the file's own."""
+    return f"{folder}/step-{step:08d}"
+
+
+def _merged(step: int, extension: str) -> str:
+    return f"{_folder('states', step)}/merged.{extension}"
 
 
 def _step_and_shard(name: str) -> tuple[int, int]:
     _, step, shard = name.split("/")
-    return int(step.removeprefix("step=")), int(shard.removeprefix("shard-").removesuffix(".json"))
+    return int(step.removeprefix("step-")), int(shard.removeprefix("shard-").removesuffix(".json"))
