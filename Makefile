@@ -7,6 +7,9 @@ EXTRAS := deepspeed,report,tasks,jobs,dev
 BIN := $(CURDIR)/.venv/bin
 PY := $(BIN)/python
 STAMP := .venv/.installed
+# The libraries that the benchmarks compare with stay out of .venv.
+BENCH_PY := $(CURDIR)/.venv-bench/bin/python
+BENCH_STAMP := .venv-bench/.installed
 THREADS ?= 1
 
 export PATH := $(BIN):$(PATH)
@@ -38,15 +41,13 @@ check: $(STAMP) ## style, types and the layers of the design
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) unlock ## run every benchmark
-	@set -e; for benchmark in benchmarks/bench_*.py; do \
-		test -e "$$benchmark" || { echo "there are no benchmarks yet"; exit 1; }; \
-		echo "== $$benchmark"; $(PY) "$$benchmark"; \
-	done
+bench: $(STAMP) $(BENCH_STAMP) unlock ## what measuring costs beside training and beside other libraries (about an hour)
+	PYTHONPATH=$(CURDIR) $(BENCH_PY) benchmarks/bench_gradients.py
+	$(PY) benchmarks/bench_shard.py
 
-clean: ## remove caches, runs and build products; .venv stays
+clean: ## remove caches, runs and build products; .venv and .venv-bench stay
 	rm -rf .cache runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
-	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '.venv*' -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A compilation that was killed leaves its lock behind, and every later one would wait for it without a word.
 # None takes five minutes, so an older lock has no owner.
@@ -69,4 +70,10 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'; \
 	after=$$(version); \
 	test "$$before" = "$$after" || { echo "torch must stay $$before, got $$after; delete .venv and try again"; exit 1; }
+	@touch $@
+
+$(BENCH_STAMP): benchmarks/requirements-peers.txt constraints.txt
+	test -x $(BENCH_PY) || $(PYTHON) -m venv .venv-bench
+	$(BENCH_PY) -m pip install --disable-pip-version-check -c constraints.txt $(TORCH_PIP_ARGS) torch
+	$(BENCH_PY) -m pip install --disable-pip-version-check --no-deps -r benchmarks/requirements-peers.txt
 	@touch $@

@@ -5,11 +5,12 @@ Exit code 0 only if all was measured; 1 if shards failed; 2 for bad input.
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,7 @@ from gradscale.errors import GradscaleError, ShardsFailed
 
 if TYPE_CHECKING:
     from gradscale.run.job import Progress
+    from gradscale.task import Task
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,6 +52,9 @@ def measure(
     microbatch: Annotated[int, typer.Option(help="Examples of one forward and backward pass.")] = 32,
     sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K.")] = None,
     params: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches this regex.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="A parameter, by name, that is not to be measured; may be repeated.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
     address: Annotated[str | None, typer.Option(help="A running Ray cluster; the default starts one here.")] = None,
     task_option: Annotated[
@@ -61,7 +66,7 @@ def measure(
     from gradscale.run.job import measure as run_measure
 
     sys.path.insert(0, "")  # a task in the current folder can be named
-    options = {"data": data, "model_dir": model, **dict(_option(text) for text in task_option or [])}
+    options = _options(data, model, task_option)
     with _progress() as on_progress:
         run = run_measure(
             task,
@@ -77,10 +82,82 @@ def measure(
             gpus_per_worker=gpus_per_worker,
             threads_per_worker=threads_per_worker,
             address=address,
-            task_options={name: value for name, value in options.items() if value is not None},
+            task_options=options,
+            exclude=exclude or (),
             on_progress=on_progress,
         )
     typer.echo(f"{run.path}: {len(run.estimates())} estimates; see them with: gradscale show {out}")
+
+
+@app.command(epilog="Example: gradscale plan --task digits --workers 16 --steps 9 --sketch gaussian:512")
+def plan(
+    task: Annotated[str, typer.Option(help="A ready task or module:attribute.")],
+    data: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    checkpoint: Annotated[list[str] | None, typer.Option(help="As for measure; the first one is loaded.")] = None,
+    steps: Annotated[int, typer.Option(help="Checkpoints to measure, where none are given.")] = 1,
+    measures: Annotated[str, typer.Option(help="As for measure.")] = "coherence,dispersion,gaussian_width",
+    workers: Annotated[int, typer.Option(help="Workers to reckon with, each as fast as this process.")] = 2,
+    gpus: Annotated[int, typer.Option(help="GPUs to reckon with: workers of one GPU each; measures on this one.")] = 0,
+    threads: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
+    shard_size: Annotated[int, typer.Option(help="As for measure.")] = 256,
+    microbatch: Annotated[int, typer.Option(help="As for measure.")] = 32,
+    sketch: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    params: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
+    task_option: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
+) -> None:
+    """Say which rule serves each parameter, and what a run will cost, from one microbatch measured here."""
+    import torch
+
+    from gradscale.checkpoints import resolve
+    from gradscale.grads.coverage import describe
+    from gradscale.measures.settings import parse_measures
+    from gradscale.report.forecasts import coverage_lines, forecast_lines
+    from gradscale.run.fold import statistics_of
+    from gradscale.run.forecast import forecast
+    from gradscale.run.shard import prepare
+    from gradscale.sketches import parse_sketch
+
+    torch.set_num_threads(threads)
+    found = resolve(checkpoint)
+    subject = prepare(
+        _task(task, data, model, task_option), found[0].path, params, "cuda" if gpus else "cpu", exclude or ()
+    )
+    for line in coverage_lines(describe(subject.sites, subject.parameters)):
+        typer.echo(line)
+    dense = parse_sketch(sketch, seed=0) if sketch else None
+    count = len(found) if checkpoint else steps
+    cost = forecast(subject, statistics_of(parse_measures(measures)), dense, microbatch, count)
+    for line in forecast_lines(cost, gpus or workers, shard_size):
+        typer.echo(line)
+
+
+@app.command(epilog="Example: gradscale check --task causal-lm --model DIR --data text.jsonl --examples 8")
+def check(
+    task: Annotated[str, typer.Option(help="A ready task or module:attribute.")],
+    data: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    model: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="A checkpoint.")] = None,
+    examples: Annotated[int, typer.Option(help="The first so many, each alone and within a batch of them all.")] = 8,
+    params: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
+    task_option: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
+) -> None:
+    """Check that padding and batch-mates change no example's gradient, and that the hooks see what autograd does."""
+    from gradscale.checkpoints import resolve
+    from gradscale.run.check import check_subject, compare_alone
+    from gradscale.run.shard import prepare
+
+    path = resolve([checkpoint] if checkpoint else None)[0].path
+    subject = prepare(_task(task, data, model, task_option), path, params, "cpu", exclude or ())
+    check_subject(subject)
+    compared = compare_alone(subject, range(min(examples, len(subject.examples))))
+    for one in compared:
+        verdict = "agrees" if one.agrees else f"DIFFERS, most in {one.worst}"
+        typer.echo(f"example {one.example_id}: relative difference {one.difference:.1e} of {one.allowed:.1e} {verdict}")
+    if not all(one.agrees for one in compared):
+        raise GradscaleError("an example must have the same gradient alone as within a batch; see the lines above")
 
 
 @app.command(epilog="Example: gradscale show runs/a --measure coherence")
@@ -133,6 +210,10 @@ def measures() -> None:
 
 
 def main() -> None:
+    log = logging.getLogger("gradscale")
+    log.setLevel(logging.INFO)
+    if not log.handlers:
+        log.addHandler(logging.StreamHandler())
     try:
         app()
     except GradscaleError as error:
@@ -141,6 +222,18 @@ def main() -> None:
     except ShardsFailed as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
+
+
+def _task(task: str, data: str | None, model: str | None, task_option: list[str] | None) -> Task:
+    from gradscale.task import load_task
+
+    sys.path.insert(0, "")
+    return load_task(task, **_options(data, model, task_option))
+
+
+def _options(data: str | None, model: str | None, task_option: list[str] | None) -> dict[str, Any]:
+    options = {"data": data, "model_dir": model, **dict(_option(text) for text in task_option or [])}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _option(text: str) -> tuple[str, str | int | float]:

@@ -23,7 +23,9 @@ from problems import (
     gradients_one_by_one,
 )
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, Projected, Readings, SquaredNorms
@@ -191,6 +193,137 @@ def test_unused_parameters_have_zero_gradients() -> None:
     assert not readings.sq_norms[:, unused].any()
     for name in ("spare.weight", "ignored.bias"):
         assert torch.equal(readings.sums[SUMS][None][name], torch.zeros(subject.parameters[name].numel()).double())
+
+
+# --- activation checkpointing -----------------------------------------------------------------------------------------
+
+
+class Checkpointed(nn.Module):
+    """Two blocks, the second within the first's checkpoint if they are nested; one layer is used in both."""
+
+    def __init__(self, *, use_reentrant: bool, nested: bool) -> None:
+        super().__init__()
+        self.run = partial(checkpoint, use_reentrant=use_reentrant)
+        self.nested = nested
+        self.inside: list[StorageWeakRef] = []
+        self.first, self.shared, self.norm, self.head = nn.Linear(4, 37), nn.Linear(37, 4), Scale(), nn.Linear(4, 3)
+
+    def block(self, x: Tensor) -> Tensor:
+        x = self.norm(self.shared(self.wide(x)))
+        return self.run(self.inner, x) if self.nested else x
+
+    def inner(self, x: Tensor) -> Tensor:
+        return torch.sin(self.shared(self.wide(x)))
+
+    def wide(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        self.inside.append(StorageWeakRef(x.untyped_storage()))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        x = self.run(self.block, x)
+        if not self.nested:
+            x = self.run(self.inner, x)
+        scores: Tensor = self.head(torch.tanh(x).mean(dim=1))
+        return scores
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.rand(4)), nn.Parameter(torch.rand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")  # the inner one, at first
+@pytest.mark.parametrize("params", [None, "shared|norm", "first", "head"])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(use_reentrant: bool, nested: bool, params: str | None) -> None:
+    task = of(lambda: Checkpointed(use_reentrant=use_reentrant, nested=nested), 3, 4)
+    subject = prepare(task, None, params)
+    found = read(subject)
+    task.net.run = lambda function, x: function(x)
+    compare(subject, found, oracle(task, subject), 1e-9, 1e-12)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_keeps_no_activations(use_reentrant: bool) -> None:
+    """Of what is computed inside the checkpoints, between the forward and the backward pass."""
+    alive: list[int] = []
+
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        model.inside.clear()
+        values = cross_entropy(model, batch)
+        assert len(model.inside) == 2
+        alive.append(sum(not storage.expired() for storage in model.inside))
+        return values
+
+    task = of(lambda: Checkpointed(use_reentrant=use_reentrant, nested=False), 3, 4, losses=losses)
+    subject = prepare(task, None, None)
+    read(subject)
+    task.net.run = lambda function, x: function(x)
+    read(subject)
+    assert alive == [0, 2]
+
+
+def test_offloading() -> None:
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True).copy(), torch.from_numpy):
+            return cross_entropy(model, batch)
+
+    task = digits()
+    subject = prepare(ModelAtHand(task.net, task.tensors, losses), None, None)
+    compare(subject, read(subject), oracle(task, subject), 1e-9, 1e-12)
+
+
+def test_modules_may_also_run_without_a_gradient() -> None:
+    """Under no_grad, as for a target, beside a use that counts."""
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = net.head(torch.tanh(net.lin(x)))
+        return net.head(torch.tanh(net.lin(x))) - 0.5 * target
+
+    task = of(lambda: Net(step), 4)
+    for params in (None, "head"):
+        subject = prepare(task, None, params)
+        compare(subject, read(subject), oracle(task, subject), 1e-9, 1e-12)
+
+
+def test_a_module_that_only_runs_without_a_gradient_has_none() -> None:
+    def step(net: Net, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = net.lin(x)
+        return net.head(x)
+
+    task = of(lambda: Net(step), 4)
+    subject = prepare(task, None, None)
+    compare(subject, read(subject), oracle(task, subject), 1e-9, 1e-12)
+
+
+def test_one_output_may_be_made_of_another() -> None:
+    """And both be used: what reaches the first by way of the second is the module's own affair."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = x * self.scale
+            return y, torch.sin(y) * self.scale
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        y, z = net.two(x)
+        return net.head(torch.tanh(y) + z + net.two(z)[1])
+
+    task = of(lambda: Net(step, two=Two()), 4)
+    subject = prepare(task, None, None)
+    compare(subject, read(subject), oracle(task, subject), 1e-9, 1e-12)
 
 
 # --- the model stays as it was ----------------------------------------------------------------------------------------
@@ -573,8 +706,14 @@ def test_batches_must_have_a_row_for_each_example() -> None:
 
 
 def read(subject: Subject) -> Readings:
+    """Begun anew without the examples that turn out not to be finite, as `run_shard` does."""
     batch = load_batch(subject, range(len(subject.examples)))
-    return read_batch(subject, batch, READINGS, labels_of(subject.task, batch))
+    labels, exclude = labels_of(subject.task, batch), torch.zeros(len(subject.examples), dtype=torch.bool)
+    while True:
+        readings = read_batch(subject, batch, READINGS, labels, exclude if exclude.any() else None)
+        if (readings.finite | exclude).all():
+            return readings
+        exclude = ~readings.finite
 
 
 def oracle(task: ModelAtHand, subject: Subject) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""Every LayerGrads is its own materialize(), and materialize() is what autograd gives one example at a time.
+"""Every reading is that of materialize(), and materialize() is what autograd gives one example at a time.
 
-Shapes: B examples, T positions, I/O features in and out, V rows of a table, E its width, N vectors.
+Shapes: B examples, T positions, G groups, I/O features in and out, V rows of a table, E its width, N vectors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -14,9 +15,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from gradscale.grads import layer
-from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, share, widen
-from gradscale.grads.rules import Call, embedding, generic, layer_norm, linear
+from gradscale.grads import sweep
+from gradscale.grads.call import Call
+from gradscale.grads.generic import generic
+from gradscale.grads.layer import (
+    DenseGrads,
+    EmbeddingGrads,
+    GroupedGrads,
+    LayerGrads,
+    OuterGrads,
+    SharedGrads,
+    materialize,
+    share,
+    widen,
+)
+from gradscale.grads.rules.linear import embedding, linear
+from gradscale.grads.rules.norms import layer_norm
+from gradscale.grads.sweep import Request, dot, read, sq_norms, weighted_sum
 
 sizes = st.integers(1, 4)
 seeds = st.integers(0, 2**32 - 1)
@@ -53,10 +68,35 @@ def shared(draw: st.DrawFn) -> SharedGrads:
         randn(draw(seeds), B, T, first.num_rows).to(dtype),
         randn(draw(seeds), B, T, E).to(dtype),
     )
-    return SharedGrads((first, head, draw(dense(B, first.num_rows * E, dtype)))[: draw(st.integers(2, 3))])
+    whole = share([first, head, draw(dense(B, first.num_rows * E, dtype))][: draw(st.integers(2, 3))])
+    assert isinstance(whole, SharedGrads)
+    return whole
 
 
-anything = st.one_of(dense(), outer(), table(), shared())
+@st.composite
+def grouped(draw: st.DrawFn) -> GroupedGrads:
+    B, G, T, O, I = (draw(sizes) for _ in range(5))  # noqa: E741
+    dtype = draw(dtypes)
+    return GroupedGrads(randn(draw(seeds), B, G, T, O).to(dtype), randn(draw(seeds), B, G, T, I).to(dtype))
+
+
+@st.composite
+def factored(draw: st.DrawFn) -> SharedGrads:
+    """Uses whose factors alone give every reading: two heads, an embedding, or any of these twice."""
+    first = draw(table())
+    B, _, E = first.grads.shape
+    heads = [
+        OuterGrads(
+            randn(seed, B, T, first.num_rows).to(first.grads.dtype), randn(seed + 1, B, T, E).to(first.grads.dtype)
+        )
+        for seed, T in ((draw(st.integers(0, 99)), draw(sizes)) for _ in range(2))
+    ]
+    uses = [first, *heads, EmbeddingGrads(first.ids.flip(1), first.grads.flip(0), first.num_rows)]
+    chosen = draw(st.lists(st.integers(0, 3), min_size=2, max_size=4))
+    return SharedGrads(tuple(uses[i] for i in chosen))
+
+
+anything = st.one_of(dense(), outer(), table(), grouped(), shared(), factored())
 laws = settings(deadline=None, max_examples=60)
 
 
@@ -64,23 +104,27 @@ laws = settings(deadline=None, max_examples=60)
 @given(anything)
 def test_materialize_is_wide(grads: LayerGrads) -> None:
     assert isinstance(grads, LayerGrads)
-    assert grads.materialize().dtype in (torch.float32, torch.float64)
-    assert grads.materialize().dim() == 2
+    assert materialize(grads).dtype == grads.dtype
+    assert grads.dtype in (torch.float32, torch.float64)
+    assert materialize(grads).shape == (grads.shape[0], grads.shape[1] * grads.shape[2])
+    assert grads.device == torch.device("cpu")
 
 
 @laws
 @given(anything)
 def test_sq_norms(grads: LayerGrads) -> None:
     exact = materialized(grads).square().sum(dim=1)
-    close(grads.sq_norms(), exact, grads)
+    close(sq_norms(grads), exact, grads)
+    assert sq_norms(grads).dtype == torch.float64
 
 
 @laws
 @given(anything, seeds, st.integers(1, 3))
 def test_dot(grads: LayerGrads, seed: int, N: int) -> None:
     exact = materialized(grads)
-    vectors = randn(seed, exact.shape[1], N).to(grads.materialize().dtype)
-    close(grads.dot(vectors), exact @ vectors.double(), grads)
+    vectors = randn(seed, exact.shape[1], N).to(grads.dtype)
+    close(dot(grads, vectors), exact @ vectors.double(), grads)
+    assert dot(grads, vectors).dtype == torch.float64
 
 
 @laws
@@ -88,22 +132,91 @@ def test_dot(grads: LayerGrads, seed: int, N: int) -> None:
 def test_weighted_sum(grads: LayerGrads, seed: int, dtype: torch.dtype) -> None:
     exact = materialized(grads)
     weights = randn(seed, len(exact)).to(dtype)
-    close(grads.weighted_sum(weights), weights.double() @ exact, grads)
-    assert grads.weighted_sum(weights).dtype == grads.materialize().dtype
+    close(weighted_sum(grads, weights), weights.double() @ exact, grads)
+    assert weighted_sum(grads, weights).dtype == grads.dtype
 
 
 @laws
-@given(anything, st.integers(1, 30))
-def test_split_is_the_same_in_groups_that_fit(grads: LayerGrads, entries: int) -> None:
-    whole = grads.materialize()
+@given(anything, st.data())
+def test_a_tile_is_the_block_of_materialize(grads: LayerGrads, data: st.DataObject) -> None:
+    batch, rows, _ = grads.shape
+    examples, part = data.draw(ranges(batch)), data.draw(ranges(rows))
+    whole = materialize(grads).view(grads.shape)
+    out = torch.full_like(whole[examples, part], torch.nan).contiguous()
+    grads.tile(examples, part, out)
+    close(out.flatten(), whole[examples, part].double().flatten(), grads)
+
+
+@st.composite
+def ranges(draw: st.DrawFn, size: int) -> slice:
+    start = draw(st.integers(0, size - 1))
+    return slice(start, draw(st.integers(start + 1, size)))
+
+
+PATHS: dict[str, dict[str, float]] = {
+    "as-they-are": {},
+    "one-entry": {"_CPU_TILE": 1, "_PRODUCT_ENTRIES": 1, "_CPU_PRODUCT_TILE": 1, "_GRAM_TILE": 1},
+    "some-entries": {"_CPU_TILE": 7, "_PRODUCT_ENTRIES": 5, "_CPU_PRODUCT_TILE": 11, "_GRAM_TILE": 6},
+    "many-examples": {"_CPU_TILE": 40, "_PRODUCT_ENTRIES": 4, "_CPU_PRODUCT_TILE": 40, "_GRAM_TILE": 40},
+    "factors": {"_PASS_COST": math.inf},
+    "factors-in-tiles": {"_PASS_COST": math.inf, "_GRAM_TILE": 3},
+    "tiles": {"_PASS_COST": -math.inf, "_CPU_TILE": 6},
+}
+
+
+@pytest.mark.parametrize("path", PATHS)
+@settings(deadline=None, max_examples=30)
+@given(grads=anything, seed=seeds, previous=st.booleans())
+def test_one_sweep_reads_everything_by_every_path(path: str, grads: LayerGrads, seed: int, previous: bool) -> None:
+    """Norms, several sums and several products at once, added to what was there, whatever the others are."""
+    exact = materialized(grads)
+    B, P = exact.shape
+    weights = [None, randn(seed, B).to(grads.dtype), torch.zeros(B, dtype=grads.dtype)]
+    maps = [randn(seed + 1, P, 2).to(grads.dtype), randn(seed + 2, P, 1).float()]
+    offset = 1.0 if previous else 0.0
+
+    def request(norms: bool, sums: bool, products: bool) -> Request:
+        return Request(
+            torch.full((B,), offset, dtype=torch.float64) if norms else None,
+            tuple((w, torch.full((P,), offset, dtype=grads.dtype)) for w in weights) if sums else (),
+            tuple(
+                (lambda start, stop, m=m: m[start:stop], torch.full((B, m.shape[1]), offset, dtype=torch.float64))
+                for m in maps
+            )
+            if products
+            else (),
+        )
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer, "_CHUNK_ENTRIES", entries)
-        parts = [part.materialize() for part in grads.split()]
-        sq_norms, products = grads.sq_norms(), grads.dot(torch.eye(whole.shape[1], dtype=whole.dtype)[:, :2])
-    assert all(part.numel() <= max(entries, whole.shape[1]) for part in parts)
-    close(torch.cat(parts), whole.double(), grads)
-    close(sq_norms, whole.double().square().sum(dim=1), grads)
-    close(products, whole.double()[:, :2], grads)
+        for name, value in PATHS[path].items():
+            patch.setattr(sweep, name, value)
+        for which in [(True, True, True), (True, True, False), (True, False, False), (False, True, False)]:
+            asked = request(*which)
+            read(grads, asked)
+            if asked.norms is not None:
+                close(asked.norms - offset, exact.square().sum(dim=1), grads)
+            for w, total in asked.sums:
+                close(total - offset, (torch.ones(B).double() if w is None else w.double()) @ exact, grads)
+            for m, (_, total) in zip(maps, asked.products, strict=False):
+                close(total - offset, exact @ m.double(), grads)
+
+
+def test_tiles_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    grads, seen = OuterGrads(randn(0, 5, 30, 6), randn(1, 5, 30, 4)), []
+    tile = OuterGrads.tile
+
+    def spy(self: OuterGrads, examples: slice, rows: slice, out: Tensor) -> None:
+        seen.append((examples, rows))
+        tile(self, examples, rows, out)
+
+    monkeypatch.setattr(OuterGrads, "tile", spy)
+    for name, budget in (("_CPU_TILE", 9), ("_PRODUCT_ENTRIES", 8), ("_CPU_PRODUCT_TILE", 17)):
+        monkeypatch.setattr(sweep, name, budget)
+    sq_norms(grads)
+    assert {(e.stop - e.start, r.stop - r.start) for e, r in seen} == {(1, 2)}  # rows first: 2 of 4 entries are 8 <= 9
+    seen.clear()
+    dot(grads, randn(2, 24, 1))
+    assert {(e.stop - e.start, r.stop - r.start) for e, r in seen} == {(2, 2), (1, 2)}  # 2 examples share a block
 
 
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
@@ -111,30 +224,38 @@ def test_half_precision_factors_are_widened_before_they_are_added_up(kind: torch
     left, right = torch.full((1, 600, 2), 16.0, dtype=kind), torch.full((1, 600, 3), 16.0, dtype=kind)
     ids = torch.zeros(1, 600, dtype=torch.long)
     total = 600.0 * 256  # above float16's largest number; 8 bits of bfloat16 do not hold the partial sums
-    assert OuterGrads(left, right).materialize().unique().tolist() == [total]
-    assert OuterGrads(left, right).weighted_sum(torch.ones(1)).unique().tolist() == [total]
-    assert OuterGrads(left, right).sq_norms().tolist() == [6 * total**2]
-    assert EmbeddingGrads(ids, left * right[:, :, :2], 1).materialize().unique().tolist() == [total]
-    assert EmbeddingGrads(ids, left, 1).sq_norms().tolist() == [2 * (600.0 * 16) ** 2]
-    assert DenseGrads(torch.full((600, 1), 256.0, dtype=kind)).weighted_sum(torch.ones(600)).tolist() == [total]
-    assert DenseGrads(torch.full((1, 2), 256.0, dtype=kind)).sq_norms().tolist() == [2 * 256.0**2]
+    assert materialize(OuterGrads(left, right)).unique().tolist() == [total]
+    assert materialize(GroupedGrads(left[:, None], right[:, None])).unique().tolist() == [total]
+    assert weighted_sum(OuterGrads(left, right), torch.ones(1)).unique().tolist() == [total]
+    assert sq_norms(OuterGrads(left, right)).tolist() == [6 * total**2]
+    assert materialize(EmbeddingGrads(ids, left * right[:, :, :2], 1)).unique().tolist() == [total]
+    assert sq_norms(EmbeddingGrads(ids, left, 1)).tolist() == [2 * (600.0 * 16) ** 2]
+    assert weighted_sum(DenseGrads(torch.full((600, 1), 256.0, dtype=kind)), torch.ones(600)).tolist() == [total]
+    assert sq_norms(DenseGrads(torch.full((1, 2), 256.0, dtype=kind))).tolist() == [2 * 256.0**2]
 
 
-@pytest.mark.parametrize(("T", "by_gram"), [(1, True), (2, True), (3, False), (40, False)])
+@pytest.mark.parametrize(("T", "by_gram"), [(1, True), (5, True), (6, False), (40, False)])
 def test_both_ways_to_the_norms_of_outer_products(T: int, by_gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    grads = OuterGrads(randn(0, 3, T, 5), randn(1, 3, T, 5))  # T (O + I) < O I for T <= 2
-    exact = grads.materialize().square().sum(dim=1)
-    torch.testing.assert_close(grads._gram_norms(), exact, rtol=1e-12, atol=0)
-    torch.testing.assert_close(grads.sq_norms(), exact, rtol=1e-12, atol=0)
-    monkeypatch.setattr(OuterGrads, "_gram_norms", lambda self: torch.full((3,), torch.nan))
-    assert bool(grads.sq_norms().isnan().all()) == by_gram
+    grads = OuterGrads(randn(0, 3, T, 5), randn(1, 3, T, 5))  # 10 T^2 <= 25 T + 25 passes for T <= 5 at 6 a pass
+    exact = materialize(grads).square().sum(dim=1)
+    monkeypatch.setattr(sweep, "_PASS_COST", 6.0)
+    torch.testing.assert_close(sq_norms(grads), exact, rtol=1e-12, atol=0)
+    monkeypatch.setattr(OuterGrads, "tile", lambda self, examples, rows, out: out.fill_(torch.nan))
+    assert bool(sq_norms(grads).isnan().all()) == (not by_gram)
 
 
 def test_cross_terms_of_shared_uses_count() -> None:
-    use = DenseGrads(randn(0, 3, 4))
-    torch.testing.assert_close(share([use, use]).sq_norms(), 4 * use.sq_norms())
-    torch.testing.assert_close(share([use, DenseGrads(-use.grads)]).sq_norms(), torch.zeros(3, dtype=torch.float64))
-    assert share([use]) is use
+    table = EmbeddingGrads(torch.tensor([[0, 1, 0]] * 3), randn(1, 3, 3, 2), 4)
+    for use in (DenseGrads(randn(0, 3, 4)), OuterGrads(randn(0, 3, 2, 4), randn(1, 3, 2, 2)), table):
+        torch.testing.assert_close(sq_norms(share([use, use])), 4 * sq_norms(use))
+        negative = DenseGrads(-materialize(use))
+        torch.testing.assert_close(sq_norms(share([use, negative])), torch.zeros(3, dtype=torch.float64))
+        assert share([use]) is use
+
+
+def test_uses_of_different_layouts_are_added_as_vectors() -> None:
+    first, second = OuterGrads(randn(0, 3, 2, 4), randn(1, 3, 2, 2)), DenseGrads(randn(2, 3, 8))
+    torch.testing.assert_close(materialize(share([first, second])), materialize(first) + second.grads)
 
 
 @settings(deadline=None, max_examples=25)
@@ -166,7 +287,7 @@ def test_layer_norm_is_autograd(B: int, T: int, E: int, rows: int, seed: int) ->
 def test_inputs_broadcast_over_the_batch_count_for_every_example() -> None:
     """Position ids [1, T]: the hook has given the output a row for every example."""
     module, ids, grad = nn.Embedding(5, 2).double(), torch.arange(4)[None], randn(0, 3, 4, 2)
-    found = embedding(call(module, ids, grad), ["weight"])["weight"].materialize()
+    found = materialize(embedding(call(module, ids, grad), ["weight"])["weight"])
     expected = torch.zeros(3, 5, 2, dtype=torch.float64)
     expected[:, :4] = grad
     assert torch.equal(found, expected.flatten(1))
@@ -182,7 +303,7 @@ def check_rule(rule: Callable[..., dict[str, LayerGrads]], module: nn.Module, so
         for example, upstream in zip(source, grad, strict=True):
             (one,) = torch.autograd.grad(module(example[None]), parameter, upstream[None])
             rows.append(one.flatten())
-        torch.testing.assert_close(found[name].materialize(), torch.stack(rows), rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(materialize(found[name]), torch.stack(rows), rtol=1e-10, atol=1e-10)
 
 
 def call(module: nn.Module, source: Tensor, grad: Tensor) -> Call:
@@ -201,16 +322,16 @@ def materialized(grads: LayerGrads) -> Tensor:
     """[B, P] float64, computed from the factors at float64."""
     if isinstance(grads, SharedGrads):
         return torch.stack([materialized(use) for use in grads.uses]).sum(dim=0)
-    if isinstance(grads, OuterGrads):
-        return replace(grads, left=grads.left.double(), right=grads.right.double()).materialize()
+    if isinstance(grads, OuterGrads | GroupedGrads):
+        return materialize(replace(grads, left=grads.left.double(), right=grads.right.double()))
     assert isinstance(grads, DenseGrads | EmbeddingGrads)
-    return replace(grads, grads=grads.grads.double()).materialize()
+    return materialize(replace(grads, grads=grads.grads.double()))
 
 
 def close(found: Tensor, exact: Tensor, grads: LayerGrads) -> None:
     """To rounding in the dtype the factors are widened to."""
     assert found.shape == exact.shape
-    eps = torch.finfo(grads.materialize().dtype).eps
+    eps = torch.finfo(grads.dtype).eps
     scale = materialized(grads).square().sum() + 1
     assert float((found.double() - exact).abs().max()) <= 100 * eps * float(scale)
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gradscale.errors import GradscaleError
-from gradscale.grads import layer
-from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads
+from gradscale.grads import sweep
+from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, materialize
 from gradscale.grads.readings import LinearMap
 from gradscale.sketches import Sketch, gaussian, parse_sketch
 from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch
@@ -45,10 +45,10 @@ def grads_of(kind: str, B: int = 3) -> LayerGrads:
 @pytest.mark.parametrize("make", MAPS)
 def test_apply_is_the_product_with_materialize(make: Maps, kind: str) -> None:
     grads, sketch = grads_of(kind), make(7, seed=3)
-    dense = grads.materialize()
+    dense = materialize(grads)
     found = sketch.apply("a.weight", grads)
     assert found.shape == (3, 7)
-    assert found.dtype == dense.dtype
+    assert found.dtype == torch.float64
     close(found, dense.double() @ sketch.materialize("a.weight", 20).double())
 
 
@@ -57,14 +57,14 @@ def test_apply_is_the_product_with_materialize(make: Maps, kind: str) -> None:
 def test_groups_blocks_and_cache_leave_the_map_as_it_is(make: Maps, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grads, sketch = grads_of(kind), make(7, seed=4)
     whole = sketch.apply("a.weight", grads)
-    monkeypatch.setattr(layer, "_CHUNK_ENTRIES", 25)  # one example at a time
-    monkeypatch.setattr(gaussian, "_BLOCK_ENTRIES", 21)  # three rows at a time
+    monkeypatch.setattr(sweep, "_CPU_PRODUCT_TILE", 25)  # one or two examples at a time
+    monkeypatch.setattr(sweep, "_PRODUCT_ENTRIES", 11)  # two or three blocks of the map
     close(sketch.apply("a.weight", grads), whole.double())
 
 
 def test_beyond_the_cache_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gaussian, "_cache", {})
-    monkeypatch.setattr(gaussian, "_BLOCK_ENTRIES", 21)
+    monkeypatch.setattr(sweep, "_PRODUCT_ENTRIES", 3)
     sketch, grads = GaussianSketch(7, seed=5), grads_of("dense")
     cached = [sketch.apply("a.weight", grads) for _ in range(2)]
     assert len(gaussian._cache) == 7

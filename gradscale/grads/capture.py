@@ -5,11 +5,17 @@ site and a gradient hook on its outputs. As soon as the last use of a parameter 
 parameter's `LayerGrads` go to `read` and are freed. The model's own parameters do not require grad
 meanwhile, so autograd computes no weight gradient.
 
-Shapes: B examples.
+What a site was called with is kept as autograd keeps what it saves, so that activation checkpointing and
+offloading save memory here as they do elsewhere. Under checkpointing a module runs again in the backward pass: with
+`use_reentrant=False` to give back what was saved; with `use_reentrant=True` the first run has no graph, and the
+second is the one that is recorded.
+
+Shapes: B examples, T positions.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,11 +27,17 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.call import Call, Rule
 from gradscale.grads.coverage import Site
+from gradscale.grads.experts import flattens_tokens, fused_experts, shares_position_bias
 from gradscale.grads.layer import DenseGrads, LayerGrads, share
-from gradscale.grads.rules import Call
+from gradscale.grads.rules.linear import conv1d, embedding, linear
+from gradscale.grads.saved import Saved
 
 Read = Callable[[str, LayerGrads], None]
+
+_BLIND: frozenset[Rule] = frozenset({linear, conv1d, embedding, fused_experts})  # rules that do not look at outputs
+_CACHE = "transformers.cache_utils.Cache"
 
 
 def capture(
@@ -41,19 +53,21 @@ def capture(
     Examples flagged in `exclude` [B] have zero gradients. Returns the losses, detached.
     Raises: GradscaleError if the losses are not [B], do not depend on the sites, or a site mixes examples.
     """
-    tape = _Tape(batch_size, read, exclude)
-    with _frozen(model), tape.recording(sites), torch.enable_grad():
-        values = losses(model)
-        check_losses(values, batch_size)
-        tape.stop_recording()
-        if not values.requires_grad:
-            raise GradscaleError(
-                "losses must depend on the measured parameters, got losses without a gradient; "
-                "compute them without torch.no_grad() and without .detach()"
-            )
-        torch.autograd.grad(values.sum(), tape.roots, allow_unused=True)
-        tape.finish()
-    return values.detach()
+    others = _unmeasured(model, sites)
+    with _frozen(model), torch.enable_grad():
+        tape = _Tape(batch_size, read, exclude)
+        with tape.recording(model, sites), warnings.catch_warnings():
+            if others:
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+            values = losses(model)
+            if not (others and tape.ran_without_grad):
+                return _backward(values, tape)
+        # A checkpoint with use_reentrant=True has gradients inside only if its input needs one, as it does where all
+        # trainable parameters are: the graph has to start at the first of them, measured or not.
+        del values
+        tape = _Tape(batch_size, read, exclude)
+        with tape.recording(model, sites, others):
+            return _backward(losses(model), tape)
 
 
 def check_losses(values: object, batch_size: int) -> None:
@@ -68,31 +82,52 @@ def check_losses(values: object, batch_size: int) -> None:
         )
 
 
+def _backward(values: Tensor, tape: _Tape) -> Tensor:
+    check_losses(values, tape.batch_size)
+    if not values.requires_grad:
+        raise GradscaleError(
+            "losses must depend on the measured parameters, got losses without a gradient; "
+            "compute them without torch.no_grad() and without .detach()"
+        )
+    tape.forward_is_over()
+    values.sum().backward()  # not autograd.grad, which use_reentrant=True refuses
+    tape.finish()
+    return values.detach()
+
+
 class _Tape:
     """What one pass has recorded so far; it lives for one call of `capture`."""
 
     def __init__(self, batch_size: int, read: Read, exclude: Tensor | None) -> None:
         self.batch_size = batch_size
-        self.roots: list[Tensor] = []  # where the graph starts: the first outputs that depend on a parameter
+        self.ran_without_grad = False
         self._read = read
         self._exclude = exclude
-        self._pending: Counter[str] = Counter()
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._pending: Counter[str] = Counter()  # uses without a gradient as yet, as the forward pass counts them
         self._uses: dict[str, list[LayerGrads]] = {}
-        self._open = False
+        self._positions: dict[nn.Module, int | None] = {}  # T of the blocks that flatten [B, T] to [B T]
+        self._in_forward = True
+        self._muted = False  # while a rule runs modules again
 
     @contextmanager
-    def recording(self, sites: Sequence[Site]) -> Iterator[None]:
-        handles = [site.module.register_forward_hook(self._hook(site), with_kwargs=True) for site in sites]
-        self._open = True
+    def recording(self, model: nn.Module, sites: Sequence[Site], others: Sequence[nn.Module] = ()) -> Iterator[None]:
+        """Hooks on the sites; the outputs of `others` start the graph too, where nothing before them has."""
+        blocks = [module for module in model.modules() if flattens_tokens(module)]
+        block_of = {module: block for block in blocks for module in block.modules() if module is not block}
+        handles = [block.register_forward_pre_hook(self._enter, with_kwargs=True) for block in blocks]
+        for site in sites:
+            hook = self._hook(site, block_of.get(site.module))
+            handles.append(site.module.register_forward_hook(hook, with_kwargs=True))
+        handles += [module.register_forward_hook(self._start) for module in others]
         try:
             yield
         finally:
-            self.stop_recording()
             for handle in handles:
                 handle.remove()
 
-    def stop_recording(self) -> None:
-        self._open = False  # the generic rule calls modules again during the backward pass
+    def forward_is_over(self) -> None:
+        self._in_forward = False
 
     def finish(self) -> None:
         """Read the parameters some of whose uses got no gradient: those uses have no part in the losses."""
@@ -100,50 +135,81 @@ class _Tape:
             self._read(name, share(uses))
         self._uses.clear()
 
-    def _hook(self, site: Site) -> Callable[..., Any]:
+    def _enter(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        source = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+        batched = source is not None and source.dim() == 3 and source.shape[0] == self.batch_size
+        self._positions[block] = source.shape[1] if source is not None and batched else None
+
+    def _start(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if self._muted or not torch.is_grad_enabled():
+            return None
+        return pytree.tree_map_only(Tensor, lambda x: self._rooted(x) if x.is_floating_point() else x, output)
+
+    def _hook(self, site: Site, block: nn.Module | None) -> Callable[..., Any]:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            if not self._open or not torch.is_grad_enabled():
+            if self._muted:
                 return None
             leaves, structure = pytree.tree_flatten(output)
             floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             for i in floats:
-                leaves[i] = self._rooted(self._spread(leaves[i], (args, kwargs)))
-            self._expect(site, module, args, kwargs, [leaves[i] for i in floats])
+                leaves[i] = self._spread(module, leaves[i], (args, kwargs))
+            if self._in_forward:
+                self._pending.update(site.parameters.values())
+            if torch.is_grad_enabled():
+                for i in floats:
+                    leaves[i] = self._rooted(leaves[i])
+                if len(floats) > 1:  # seen apart from what the module itself makes of one output for another
+                    for i in floats:
+                        leaves[i] = leaves[i].view_as(leaves[i])
+                positions = None if block is None else self._positions[block]
+                self._expect(site, module, _without_caches(args, kwargs), [leaves[i] for i in floats], positions)
+            else:  # runs again with a gradient if it is checkpointed with use_reentrant=True
+                self.ran_without_grad = True
             return pytree.tree_unflatten(leaves, structure)
 
         return after_forward
 
-    def _spread(self, output: Tensor, inputs: Any) -> Tensor:
+    def _spread(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
         """An output broadcast over the batch (position embeddings), of no batched input, gets a row per example."""
+        if output.dim() < 2 or not output.shape[0] == 1 < self.batch_size:
+            return output
         batched = any(isinstance(x, Tensor) and x.shape[:1] == (self.batch_size,) for x in pytree.tree_leaves(inputs))
-        if batched or output.dim() < 2 or not output.shape[0] == 1 < self.batch_size:
+        if batched and not shares_position_bias(module):
             return output
         return output.expand(self.batch_size, *output.shape[1:])
 
     def _rooted(self, output: Tensor) -> Tensor:
+        """The graph starts at the first outputs that depend on a parameter."""
         if output.requires_grad:
             return output
         root = output.detach().requires_grad_()
-        self.roots.append(root)
+        root.register_post_accumulate_grad_hook(_forget)
         return root.clone()  # not a leaf: the model may go on to change it in place
 
-    def _expect(self, site: Site, module: nn.Module, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
-        self._pending.update(site.parameters.values())
-        inputs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-        held = [(inputs, _versions(inputs), [output.detach() for output in outputs], _versions(outputs))]
+    def _expect(self, site: Site, module: nn.Module, inputs: Any, outputs: list[Tensor], positions: int | None) -> None:
+        kept = [Saved(inputs, self._anchor)]
+        if site.rule not in _BLIND:
+            kept.append(Saved(outputs, self._anchor))
+        makers = [(output.shape, output.dtype, output.device) for output in outputs]
 
         def after_backward(grads: Sequence[Tensor | None]) -> None:
-            (saved_args, saved_kwargs), versions, saved_outputs, output_versions = held.pop()
-            if _versions((saved_args, saved_kwargs)) != versions:
+            saved_inputs, *saved_outputs = [saved.take() for saved in kept]
+            kept.clear()
+            if saved_inputs is None:
                 raise GradscaleError(
                     f"the inputs of module {site.name} must stay as they are until the backward pass, "
                     "got an in-place change; write x = x + y for x += y in the model"
                 )
-            for i, version in enumerate(output_versions):
-                if saved_outputs[i]._version != version:  # as by nn.ReLU(inplace=True): the value is gone
-                    saved_outputs[i] = torch.full_like(saved_outputs[i], torch.nan)
-            filled = [torch.zeros_like(o) if g is None else g for g, o in zip(grads, saved_outputs, strict=True)]
-            self._take(site, Call(site.name, module, saved_args, saved_kwargs, saved_outputs, filled, self.batch_size))
+            filled = [
+                torch.zeros(shape, dtype=dtype, device=device) if grad is None else grad
+                for grad, (shape, dtype, device) in zip(grads, makers, strict=True)
+            ]
+            gone = [grad.new_full((), torch.nan).expand(grad.shape) for grad in filled]
+            # None after an in-place change, as by nn.ReLU(inplace=True)
+            before = next((saved for saved in saved_outputs if saved is not None), gone)
+            args, kwargs = saved_inputs
+            call = Call(site.name, module, args, kwargs, before, filled, self.batch_size)
+            self._take(site, call if positions is None else _by_example(call, positions))
 
         if len(outputs) == 1:
             outputs[0].register_hook(lambda grad: after_backward([grad]))
@@ -158,10 +224,14 @@ class _Tape:
                     f"got shape {tuple(output.shape)}; reshape inside the model, or leave "
                     f"{', '.join(site.parameters.values())} out by --params"
                 )
-        with torch.no_grad():
-            found = site.rule(_without(call, self._exclude), tuple(site.parameters))
-            for local, grads in found.items():
-                self._add(site.parameters[local], _cleared(grads, self._exclude))
+        self._muted = True
+        try:
+            with torch.no_grad():
+                found = site.rule(_without(call, self._exclude), tuple(site.parameters))
+                for local, grads in found.items():
+                    self._add(site.parameters[local], _cleared(grads, self._exclude))
+        finally:
+            self._muted = False
 
     def _add(self, name: str, grads: LayerGrads) -> None:
         self._uses.setdefault(name, []).append(grads)
@@ -170,9 +240,32 @@ class _Tape:
             self._read(name, share(self._uses.pop(name)))
 
 
-def _versions(tree: Any) -> list[int]:
-    """How often each tensor has been changed in place; a detached tensor shares the count of its source."""
-    return [leaf._version for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
+def _forget(root: Tensor) -> None:
+    root.grad = None
+
+
+def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs without the key-value caches that the call goes on to fill: of an example alone they are empty."""
+
+    def is_cache(value: Any) -> bool:
+        kinds = () if isinstance(value, Tensor) else type(value).__mro__
+        return any(f"{kind.__module__}.{kind.__qualname__}" == _CACHE for kind in kinds)
+
+    kept = {name: None if is_cache(value) else value for name, value in kwargs.items()}
+    return tuple(None if is_cache(value) else value for value in args), kept
+
+
+def _by_example(call: Call, positions: int) -> Call:
+    """The call with everything [B T, ...] as [B, T, ...]; nothing else inside such a block has B T rows."""
+
+    def split(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != call.batch_size * positions or positions == 1:
+            return tensor
+        return tensor.view(call.batch_size, positions, *tensor.shape[1:])
+
+    args, kwargs = pytree.tree_map_only(Tensor, split, (call.args, call.kwargs))
+    outputs, grads = [split(output) for output in call.outputs], [split(grad) for grad in call.grads]
+    return call._replace(args=args, kwargs=kwargs, outputs=outputs, grads=grads)
 
 
 def _without(call: Call, exclude: Tensor | None) -> Call:
@@ -194,6 +287,16 @@ def _cleared(grads: LayerGrads, exclude: Tensor | None) -> LayerGrads:
     if exclude is None or not isinstance(grads, DenseGrads):
         return grads
     return DenseGrads(grads.grads.masked_fill(exclude[:, None], 0))
+
+
+def _unmeasured(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
+    """The modules with trainable parameters of their own that are not among the sites."""
+    measured = {site.module for site in sites}
+    return [
+        module
+        for module in model.modules()
+        if module not in measured and any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
 
 
 @contextmanager

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import nn
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.rules import Rule, owns_subtree, rule_of
+from gradscale.grads.call import Rule
+from gradscale.grads.rules import is_fast, owns_subtree, rule_of
 
 _CONTAINERS = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
 
@@ -23,17 +25,63 @@ class Site(NamedTuple):
     rule: Rule
 
 
-def select_parameters(model: nn.Module, pattern: str | None) -> dict[str, nn.Parameter]:
+class Covered(NamedTuple):
+    """How one parameter is covered: by each of its uses, a tied one by several."""
+
+    name: str
+    entries: int
+    rule: str  # joined by " + " where they differ
+    module: str  # joined by ", "
+    fast: bool  # none of its uses runs the module again for every example
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How every measured parameter is covered, in their order."""
+
+    parameters: tuple[Covered, ...]
+
+    @property
+    def entries(self) -> int:
+        return sum(row.entries for row in self.parameters)
+
+    @property
+    def share_fast(self) -> float:
+        """Of the entries."""
+        return sum(row.entries for row in self.parameters if row.fast) / self.entries
+
+    @property
+    def share_generic(self) -> float:
+        """Of the entries: those whose gradients take a second run of their module."""
+        return sum(row.entries for row in self.parameters if not row.fast) / self.entries
+
+
+def describe(sites: Sequence[Site], parameters: Mapping[str, nn.Parameter]) -> Coverage:
+    """Which rule accounts for which parameter; for `gradscale plan`."""
+    rows = []
+    for name, parameter in parameters.items():
+        uses = [site for site in sites for used in site.parameters.values() if used == name]
+        rule = " + ".join(dict.fromkeys(site.rule.__name__ for site in uses))
+        module = ", ".join(site.name for site in uses)
+        rows.append(Covered(name, parameter.numel(), rule, module, all(is_fast(site.rule) for site in uses)))
+    return Coverage(tuple(rows))
+
+
+def select_parameters(model: nn.Module, pattern: str | None, exclude: Collection[str] = ()) -> dict[str, nn.Parameter]:
     """The trainable parameters whose name matches the regular expression `pattern` (anywhere in it; None: all).
 
-    Raises: GradscaleError if there is none, or the pattern is not a regular expression.
+    Those named in `exclude` are left out.
+    Raises: GradscaleError if none is left, one of `exclude` is not there, or the pattern is no regular expression.
     """
     try:
         wanted = re.compile(pattern or "")
     except re.error as error:
         raise GradscaleError(f"params must be a regular expression, got {pattern!r}: {error}") from error
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    chosen = {name: p for name, p in trainable.items() if wanted.search(name)}
+    unknown = [name for name in exclude if name not in trainable]
+    if unknown:
+        raise GradscaleError(f"exclude must name trainable parameters, got {', '.join(unknown)}; see `gradscale plan`")
+    chosen = {name: p for name, p in trainable.items() if wanted.search(name) and name not in exclude}
     if not chosen:
         raise GradscaleError(
             f"params must match at least one trainable parameter, got {pattern!r} for {len(trainable)} trainable "

@@ -111,6 +111,39 @@ class OuterGrads:
 
 
 @dataclass(frozen=True)
+class GroupedGrads:
+    """Outer products in G groups of r rows, which lie below one another: grouped convolutions.
+
+    gradient[b, g r : (g + 1) r] = sum_t left[b, g, t] right[b, g, t]^T, and R = G r.
+    """
+
+    left: Tensor  # [B, G, T, r]
+    right: Tensor  # [B, G, T, C]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.left.shape[0], self.left.shape[1] * self.left.shape[3], self.right.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return wide_dtype(self.left.dtype)
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+        height = self.left.shape[3]
+        first, last = rows.start // height, -(-rows.stop // height)
+        part = slice(rows.start - first * height, rows.stop - first * height)
+        left, right = self.left[examples, first:last], widen(self.right[examples, first:last])
+        if last - first == 1:
+            torch.bmm(widen(left[:, 0, :, part]).mT, right[:, 0], out=out)
+        else:
+            out.copy_((widen(left).mT @ right).flatten(1, 2)[:, part])
+
+
+@dataclass(frozen=True)
 class EmbeddingGrads:
     """An embedding table's gradients: row ids[b, t] of gradient[b] receives grads[b, t]."""
 

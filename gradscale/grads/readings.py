@@ -140,18 +140,19 @@ class _Reader:
             for reading, groups in self._weights.items()
             for group, weights in groups.items()
         )
-        dense, other = [], []
-        for reading, total in self.projections.items():
-            (dense if isinstance(reading.map, DenseMap) else other).append((reading.map, total))
-        products = tuple((partial(_rows, m, name, grads.device), total) for m, total in dense)
+        products = tuple(
+            (partial(_rows, reading.map, name, grads.device), total)
+            for reading, total in self.projections.items()
+            if isinstance(reading.map, DenseMap)
+        )
         read(grads, Request(self._norms[self._row[name]], sums, products))
-        for m, total in other:
-            total += m.apply(name, grads)
+        for reading, total in self.projections.items():
+            if not isinstance(reading.map, DenseMap):
+                total += reading.map.apply(name, grads)
 
 
-def _rows(m: LinearMap, name: str, device: torch.device, start: int, stop: int) -> Tensor:
-    assert isinstance(m, DenseMap)
-    return m.rows(name, start, stop, device)
+def _rows(dense: DenseMap, name: str, device: torch.device, start: int, stop: int) -> Tensor:
+    return dense.rows(name, start, stop, device)
 
 
 def _fill(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:

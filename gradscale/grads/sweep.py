@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, widen
+from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, widen
 
 _CPU_TILE = 1 << 18  # entries: a megabyte of float32, which the second-level cache of a core holds
 _PRODUCT_ENTRIES = 1 << 16  # of a parameter, with products: the blocks of a map, whatever the batch
@@ -26,6 +27,8 @@ _CPU_PRODUCT_TILE = 1 << 20  # with products, where more examples share each blo
 _GPU_TILE = 1 << 26
 _GRAM_TILE = 1 << 22  # entries of the T x T Gram matrices held at a time
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
+
+Factors = OuterGrads | EmbeddingGrads
 
 
 class Request(NamedTuple):
@@ -38,12 +41,13 @@ class Request(NamedTuple):
 
 def read(grads: LayerGrads, request: Request) -> None:
     """Add what `request` asks for to its tensors."""
+    factors = _factors(grads)
     if isinstance(grads, DenseGrads):
         _read_dense(grads, request)
     elif isinstance(grads, EmbeddingGrads) and not request.products:
         _read_embedding(grads, request)
-    elif isinstance(grads, OuterGrads) and not request.products and _factors_are_cheaper(grads, request):
-        _read_factors(grads, request)
+    elif factors and not request.products and _factors_are_cheaper(factors, request):
+        _read_factors(factors, request)
     else:
         _sweep(grads, request)
 
@@ -111,7 +115,7 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
 
 def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:
     if weights is not None:
-        total.addmv_(dense.mT, weights)
+        total.addmv_(dense.mT, weights.to(dense.dtype))
     elif len(dense) == 1:
         total += dense[0]
     else:
@@ -142,32 +146,72 @@ def _read_embedding(grads: EmbeddingGrads, request: Request) -> None:
         total.view(rows, columns).index_add_(0, row, weighted)
 
 
-def _factors_are_cheaper(grads: OuterGrads, request: Request) -> bool:
+def _factors(grads: LayerGrads) -> tuple[Factors, ...]:
+    """The uses of a parameter as sums over positions of a row's factor times a column's; empty if they are not."""
+    uses = grads.uses if isinstance(grads, SharedGrads) else (grads,)
+    return tuple(use for use in uses if isinstance(use, Factors)) if all(isinstance(u, Factors) for u in uses) else ()
+
+
+def _factors_are_cheaper(uses: tuple[Factors, ...], request: Request) -> bool:
     """Compare multiplications an example: Gram matrices and one product for each sum, against the tiles."""
-    positions, (_, rows, columns) = grads.left.shape[1], grads.shape
-    product = positions * rows * columns
-    gram = positions**2 * (rows + columns) if request.norms is not None else 0
+    _, rows, columns = uses[0].shape
+    product = sum(_positions(use) * rows * columns for use in uses if isinstance(use, OuterGrads))
+    gram = sum(_gram_cost(a, b) for a, b in combinations_with_replacement(uses, 2)) if request.norms is not None else 0
     passes = (request.norms is not None) + 3 * len(request.sums)
     return gram + product * len(request.sums) <= product + _PASS_COST * passes * rows * columns
 
 
-def _read_factors(grads: OuterGrads, request: Request) -> None:
+def _gram_cost(a: Factors, b: Factors) -> int:
+    _, rows, columns = a.shape
+    both_outer = isinstance(a, OuterGrads) and isinstance(b, OuterGrads)
+    return _positions(a) * _positions(b) * (columns + (rows if both_outer else 1))
+
+
+def _read_factors(uses: tuple[Factors, ...], request: Request) -> None:
     if request.norms is not None:
-        _add_gram_norms(grads, request.norms)
-    for weights, total in request.sums:
-        left = widen(grads.left) if weights is None else widen(grads.left) * weights[:, None, None]
-        total.view(grads.shape[1:]).addmm_(left.flatten(0, 1).mT, widen(grads.right).flatten(0, 1))
+        for i, j in combinations_with_replacement(range(len(uses)), 2):
+            _add_gram(uses[i], uses[j], 1.0 if i == j else 2.0, request.norms)
+    for use in uses:
+        if isinstance(use, EmbeddingGrads):
+            _read_embedding(use, request._replace(norms=None))
+            continue
+        for weights, total in request.sums:
+            left = widen(use.left) if weights is None else widen(use.left) * weights[:, None, None]
+            total.view(use.shape[1:]).addmm_(left.flatten(0, 1).mT, widen(use.right).flatten(0, 1))
 
 
-def _add_gram_norms(grads: OuterGrads, norms: Tensor) -> None:
-    """|sum_t l_t r_t^T|^2 = sum_st <l_s, l_t> <r_s, r_t>, by tiles of at most _GRAM_TILE entries."""
-    batch, positions = grads.left.shape[:2]
-    height = min(positions, max(1, _GRAM_TILE // positions))
-    group = max(1, _GRAM_TILE // (height * positions))
+def _add_gram(a: Factors, b: Factors, scale: float, norms: Tensor) -> None:
+    """Add scale <a, b> = scale sum_st <rows of a at s, of b at t> <columns ...>, by tiles of _GRAM_TILE entries."""
+    batch, height = len(norms), min(_positions(a), max(1, _GRAM_TILE // _positions(b)))
+    group = max(1, _GRAM_TILE // (height * _positions(b)))
     for first in range(0, batch, group):
         examples = slice(first, first + group)
-        left, right = widen(grads.left[examples]), widen(grads.right[examples])
-        for row in range(0, positions, height):
-            block = left[:, row : row + height] @ left.mT
-            block *= right[:, row : row + height] @ right.mT
-            norms[examples] += block.flatten(1).sum(dim=1)
+        for start in range(0, _positions(a), height):
+            part = slice(start, start + height)
+            block = widen(_columns(a)[examples, part]) @ widen(_columns(b)[examples]).mT
+            block *= _row_products(a, b, examples, part)
+            norms[examples] += block.flatten(1).sum(dim=1).mul_(scale)
+
+
+def _row_products(a: Factors, b: Factors, examples: slice, part: slice) -> Tensor:
+    """[b, s, t]: inner products of the row factors; an embedding's are unit vectors."""
+    if isinstance(a, OuterGrads) and isinstance(b, OuterGrads):
+        return widen(a.left[examples, part]) @ widen(b.left[examples]).mT
+    if isinstance(a, OuterGrads):
+        assert isinstance(b, EmbeddingGrads)
+        ids = b.ids[examples, None, :].expand(-1, a.left[examples, part].shape[1], -1)
+        return widen(a.left[examples, part].gather(2, ids))
+    if isinstance(b, OuterGrads):
+        ids = a.ids[examples, None, part].expand(-1, b.left.shape[1], -1)
+        return widen(b.left[examples].gather(2, ids)).mT
+    assert isinstance(a, EmbeddingGrads)
+    assert isinstance(b, EmbeddingGrads)
+    return a.ids[examples, part, None] == b.ids[examples, None, :]
+
+
+def _columns(use: Factors) -> Tensor:
+    return use.right if isinstance(use, OuterGrads) else use.grads
+
+
+def _positions(use: Factors) -> int:
+    return _columns(use).shape[1]

@@ -9,8 +9,11 @@ Shapes: B examples, L parameters.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, Readings, SquaredNorms
@@ -46,21 +49,24 @@ def check_subject(subject: Subject, microbatch: int = _EXAMPLES) -> None:
     _LOG.warning("the first examples all have a non-finite loss or gradient: the gradients were not held to autograd")
 
 
-def _check_sums(subject: Subject, batch: Batch, sums: object) -> None:
-    assert isinstance(sums, dict)
-    names, parameters = list(subject.parameters), list(subject.parameters.values())
+def autograd_sums(subject: Subject, batch: Batch) -> dict[str, Tensor]:
+    """[P] float64 for every parameter: the gradient of the summed losses, by one plain backward pass."""
     with torch.enable_grad():
         losses = subject.task.losses(subject.model, batch)
-        exact = torch.autograd.grad(losses.sum(), parameters, allow_unused=True)
-    pairs = {
-        name: (sums[name].double(), torch.zeros_like(sums[name]).double() if g is None else g.flatten().double())
-        for name, g in zip(names, exact, strict=True)
+        exact = torch.autograd.grad(losses.sum(), list(subject.parameters.values()), allow_unused=True)
+    return {
+        name: (torch.zeros_like(parameter) if grad is None else grad).flatten().double()
+        for (name, parameter), grad in zip(subject.parameters.items(), exact, strict=True)
     }
-    scale = float(torch.stack([g.norm() for _, g in pairs.values()]).norm())
+
+
+def _check_sums(subject: Subject, batch: Batch, sums: Mapping[str, Tensor]) -> None:
+    exact = autograd_sums(subject, batch)
+    scale = float(torch.stack([grad.norm() for grad in exact.values()]).norm())
     wrong = [
         name
-        for name, (ours, theirs) in pairs.items()
-        if not float((ours - theirs).norm()) <= _tolerance(subject, float(theirs.norm()), scale)
+        for name, grad in exact.items()
+        if not float((sums[name].double() - grad).norm()) <= _tolerance(subject, float(grad.norm()), scale)
     ]
     if wrong:
         raise GradscaleError(
@@ -97,3 +103,41 @@ def _tolerance(subject: Subject, size: float, scale: float) -> float:
     """What rounding may do to a vector of norm `size` in a gradient of norm `scale`."""
     eps = max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values())
     return float(4 * eps**0.5 * size + 100 * eps * scale)
+
+
+class Comparison(NamedTuple):
+    """One example's gradient within its batch against the same example's alone."""
+
+    example_id: int
+    difference: float  # |g_together - g_alone| / |g_alone|
+    allowed: float  # what rounding may do
+    worst: str  # the parameter that differs most
+
+    @property
+    def agrees(self) -> bool:
+        return self.difference <= self.allowed
+
+
+def compare_alone(subject: Subject, ids: range) -> list[Comparison]:
+    """Each of the examples `ids` alone, by plain autograd, against the same one in a batch of them all.
+
+    Padding and batch-mates must not change an example's gradient. Cost: len(ids) + 1 passes for each example.
+    """
+    batch = load_batch(subject, ids)
+    return [_compare(subject, batch, ids, row) for row in range(len(ids))]
+
+
+def _compare(subject: Subject, batch: Batch, ids: range, row: int) -> Comparison:
+    others = torch.ones(len(ids), dtype=torch.bool, device=subject.device)
+    others[row] = False
+    together = read_batch(subject, batch, frozenset({GradientSums()}), exclude=others).sums[GradientSums()][None]
+    alone = autograd_sums(subject, load_batch(subject, ids[row : row + 1]))
+    errors = {name: float((together[name].double() - alone[name]).norm()) for name in subject.parameters}
+    scale = float(torch.stack([g.norm() for g in alone.values()]).norm())
+    difference = sum(error**2 for error in errors.values()) ** 0.5
+    return Comparison(
+        ids[row],
+        difference / scale if scale else difference,
+        _tolerance(subject, scale, scale) / scale if scale else 0.0,
+        max(errors, key=errors.__getitem__),
+    )

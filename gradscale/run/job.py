@@ -7,7 +7,10 @@ same bytes as those of an undisturbed run.
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +32,8 @@ from gradscale.store.files import Files
 from gradscale.store.results import Run
 from gradscale.store.store import PLAN, Store
 from gradscale.task import Task, check_task, load_task
+
+_LOG = logging.getLogger("gradscale")
 
 
 class Progress(NamedTuple):
@@ -64,14 +69,15 @@ def measure(
     threads_per_worker: int = 1,
     address: str | None = None,
     task_options: Mapping[str, Any] | None = None,
+    exclude: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Run:
     """Measure per-example gradients of a task at every checkpoint, sharded over Ray actors, into the folder `out`.
 
     `checkpoints`: paths, globs or folders of checkpoints, whose step is the number in their name, or a mapping from
     step to path; None measures the initial weights as step 0. `sketch` is a Sketch or NAME:K. `params` is a regular
-    expression for the parameters to measure. `address` joins a running Ray cluster; None starts one in this process,
-    or joins RAY_ADDRESS.
+    expression for the parameters to measure, `exclude` names some that are not. `address` joins a running Ray cluster;
+    None starts one in this process, or joins RAY_ADDRESS.
 
     Raises: GradscaleError for what the user can put right; OutOfMemory with the microbatch size to try; ShardsFailed
     once all other shards are committed, if some raised on every attempt.
@@ -88,6 +94,7 @@ def measure(
         check_measures(measures),
         parse_sketch(sketch, seed) if isinstance(sketch, str) else sketch,
         params,
+        tuple(exclude),
         microbatch,
         threads_per_worker,
         "cuda" if gpus_per_worker else "cpu",
@@ -96,6 +103,7 @@ def measure(
     with ray_session(address, workers, resources), Pool(job, workers, resources) as pool:
         description = pool.call("describe", steps[0].path)
         plan = _plan(job, name, options, steps, description, seed, shard_size)
+        _LOG.info("%s", _covered(plan))
         _check_workers(workers, plan)
         _check_labels(plan, job)
         adopt(store, plan)
@@ -159,6 +167,7 @@ def _plan(
         data_fingerprint=description.data_fingerprint,
         parameters=description.parameters,
         params=job.params,
+        excluded=list(job.excluded),
         labels=description.labels,
         measures={measure.name: settings_of(measure) for measure in job.measures},
         sketch=dict(job.sketch.scheme) if job.sketch is not None else None,
@@ -228,6 +237,17 @@ def _report_failures(failures: Sequence[Failure]) -> None:
             f"{len(failures)} shards failed; the others are committed, and steps without all their shards have no "
             "estimates. Run the same command again to try them anew.\n  " + "\n  ".join(lines)
         )
+
+
+def _covered(plan: Plan) -> str:
+    """The coverage report in one line; `gradscale plan` has it in full."""
+    entries: Counter[str] = Counter()
+    for parameter in plan.parameters.values():
+        entries[parameter["rule"]] += math.prod(parameter["shape"])
+    total = sum(entries.values())
+    rules = ", ".join(f"{rule} {share / total:.1%}" for rule, share in entries.most_common())
+    left_out = f"; left out by name: {', '.join(plan.excluded)}" if plan.excluded else ""
+    return f"measuring {total:,} entries in {len(plan.parameters)} parameters, by rule: {rules}{left_out}"
 
 
 def _check_workers(workers: int, plan: Plan) -> None:

@@ -48,6 +48,7 @@ class Plan:
     data_fingerprint: str
     parameters: Mapping[str, Any]  # name -> {"shape", "dtype", "rule"}
     params: str | None
+    excluded: list[str]  # parameters left out by name
     labels: bool
     measures: Mapping[str, Any]  # name -> settings
     sketch: Mapping[str, Any] | None  # its scheme

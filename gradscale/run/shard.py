@@ -57,7 +57,9 @@ class ShardResult(NamedTuple):
     states: dict[Statistic[Any], Any]  # on the CPU
 
 
-def prepare(task: Task, checkpoint: str | None, params: str | None, device: str = "cpu") -> Subject:
+def prepare(
+    task: Task, checkpoint: str | None, params: str | None, device: str = "cpu", exclude: Sequence[str] = ()
+) -> Subject:
     """Load the model of `checkpoint` and settle which module accounts for which parameter.
 
     Raises: GradscaleError if a parameter is not covered, or the model's mode makes examples depend on one another
@@ -68,7 +70,7 @@ def prepare(task: Task, checkpoint: str | None, params: str | None, device: str 
         raise GradscaleError(f"task.model must return a torch.nn.Module, got {type(model).__name__}")
     check_mode(model)
     model = model.to(device)
-    parameters = select_parameters(model, params)
+    parameters = select_parameters(model, params, exclude)
     return Subject(task, model, task.examples(), parameters, sites(model, parameters))
 
 
@@ -177,18 +179,19 @@ def _read_range(
     found = False
     while True:
         totals: Totals = {}
-        parts = []
+        parts: list[Readings] = []
+        labels: list[Tensor] = []
         for start in range(0, len(ids), microbatch):
             part = slice(start, min(start + microbatch, len(ids)))
             with explaining_memory(microbatch):
                 batch = load_batch(subject, ids[part])
-                labels = labels_of(subject.task, batch)
-                left_out = exclude[part] if found else None
-                parts.append((read_batch(subject, batch, needs, labels, left_out, totals), labels))
-        readings = _joined([part for part, _ in parts])
+                classes = labels_of(subject.task, batch)
+                labels += [classes] if classes is not None else []
+                parts.append(read_batch(subject, batch, needs, classes, exclude[part] if found else None, totals))
+        readings = _joined(parts)
         spoilt = ~readings.finite & ~exclude
         if not spoilt.any():
-            return readings, torch.cat([labels for _, labels in parts]) if parts[0][1] is not None else None
+            return readings, torch.cat(labels) if labels else None
         exclude, found = exclude | spoilt, True
 
 
@@ -219,16 +222,20 @@ def _finite_part(subject: Subject, ids: range, readings: Readings, labels: Tenso
 
 def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Sketch | None) -> Columns:
     keep = readings.finite
-    columns = Columns(
-        torch.arange(ids.start, ids.stop),
-        labels,
-        readings.losses,
-        readings.sq_norms.sum(dim=1).where(keep, torch.nan),
-        readings.sq_norms.where(keep[:, None], torch.nan),
-        keep,
-        readings.projections[Projected(sketch)].float() if sketch is not None else None,
+    on_cpu: Columns = pytree.tree_map_only(
+        Tensor,
+        Tensor.cpu,
+        Columns(
+            torch.arange(ids.start, ids.stop),
+            labels,
+            readings.losses,
+            readings.sq_norms.sum(dim=1).where(keep, torch.nan),
+            readings.sq_norms.where(keep[:, None], torch.nan),
+            keep,
+            readings.projections[Projected(sketch)].float() if sketch is not None else None,
+        ),
     )
-    return pytree.tree_map_only(Tensor, Tensor.cpu, columns)
+    return on_cpu
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.coverage import describe
 from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
@@ -32,6 +33,7 @@ class Job:
     measures: tuple[Measure, ...]
     sketch: Sketch | None
     params: str | None
+    excluded: tuple[str, ...]
     microbatch: int
     threads: int
     device: str
@@ -129,15 +131,22 @@ class Worker:
     def _subject(self, checkpoint: str | None) -> Subject:
         if self._loaded is None or self._loaded[0] != checkpoint:
             self._loaded = None  # free the one before
-            self._loaded = (checkpoint, prepare(self._job.task, checkpoint, self._job.params, self._job.device))
+            self._loaded = (checkpoint, self._prepare(checkpoint))
         return self._loaded[1]
+
+    def _prepare(self, checkpoint: str | None) -> Subject:
+        job = self._job
+        return prepare(job.task, checkpoint, job.params, job.device, job.excluded)
 
 
 def _parameters(subject: Subject) -> dict[str, Any]:
-    rules: Mapping[str, str] = {name: site.rule.__name__ for site in subject.sites for name in site.parameters.values()}
     return {
-        name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch."), "rule": rules[name]}
-        for name, p in subject.parameters.items()
+        row.name: {
+            "shape": list(subject.parameters[row.name].shape),
+            "dtype": str(subject.parameters[row.name].dtype).removeprefix("torch."),
+            "rule": row.rule,
+        }
+        for row in describe(subject.sites, subject.parameters).parameters
     }
 
 

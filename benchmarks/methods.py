@@ -1,0 +1,225 @@
+"""Ways to per-example gradients, each wrapped to run on the model and batch of a `Shape`.
+
+gradscale's own readings, and the peers in the versions of requirements-peers.txt. A peer that cannot take the
+model as it is gets the nearest copy that it can, which `note` names, and is compared with a plain pass of that copy.
+
+Shapes: B examples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from models import Shape, losses
+from torch import Tensor, nn
+
+from gradscale.grads.capture import capture
+from gradscale.grads.coverage import select_parameters, sites
+from gradscale.grads.layer import LayerGrads
+from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, read_gradients
+
+Found = Mapping[str, Tensor]  # parameter -> squared norms [B], or gradients [B, ...]
+
+
+class Method(NamedTuple):
+    model: nn.Module  # an untouched one, for the plain pass
+    run: Callable[[], Found | None]  # None: what it found, it dropped
+    covers: float  # share of the model's parameters
+    note: str = ""
+
+
+def _share(model: nn.Module, names: Iterable[str]) -> float:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return sum(sizes[name] for name in names) / sum(sizes.values())
+
+
+# gradscale
+
+
+def _read(shape: Shape, *readings: Reading) -> Method:
+    model, ids = shape.model(), shape.ids()
+    parameters = select_parameters(model, None)
+    places = sites(model, parameters)
+
+    def run() -> Found:
+        found = read_gradients(model, places, parameters, lambda m: losses(m, ids), len(ids), readings)
+        return dict(zip(parameters, found.sq_norms.T, strict=True))
+
+    return Method(model, run, _share(model, parameters))
+
+
+def norms(shape: Shape) -> Method:
+    return _read(shape, SquaredNorms())
+
+
+def norms_and_sums(shape: Shape) -> Method:
+    return _read(shape, SquaredNorms(), GradientSums())._replace(note="[P] sums made anew each time")
+
+
+def materialized(shape: Shape) -> Method:
+    model, ids = shape.model(), shape.ids()
+    parameters = select_parameters(model, None)
+    places = sites(model, parameters)
+    buffer = torch.empty(len(ids) * max(parameter.numel() for parameter in parameters.values()))
+
+    def write(name: str, grads: LayerGrads) -> None:
+        batch, rows, columns = grads.shape
+        out = buffer[: batch * rows * columns].view(batch, rows, columns)
+        grads.tile(slice(0, batch), slice(0, rows), out)
+
+    def run() -> None:
+        capture(model, places, lambda m: losses(m, ids), len(ids), write)
+
+    return Method(model, run, _share(model, parameters), "one parameter at a time, into one buffer, dropped")
+
+
+# The floor and the peers
+
+
+def floor(shape: Shape) -> Method:
+    model, ids, frozen = shape.model(), shape.ids(), shape.model().requires_grad_(False)
+    frozen.transformer.wpe.requires_grad_(True)  # the backward pass has to go all the way down
+
+    def run() -> None:
+        losses(frozen, ids).sum().backward()
+        frozen.zero_grad(set_to_none=True)
+
+    return Method(model, run, 0.0, "what no method can do without")
+
+
+def loop(shape: Shape) -> Method:
+    model, ids = shape.model(), shape.ids()
+
+    def run() -> None:
+        for example in ids.split(1):
+            torch.autograd.grad(losses(model, example).sum(), list(model.parameters()))
+
+    return Method(model, run, 1.0, "one example at a time, each dropped")
+
+
+def vmap(shape: Shape) -> Method:
+    model, ids = shape.model(), shape.ids()
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+    def loss(values: dict[str, Tensor], example: Tensor) -> Tensor:
+        def call(tokens: Tensor) -> Any:
+            return torch.func.functional_call(model, values, (tokens,))
+
+        return losses(call, example[None])[0]
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+    return Method(model, lambda: each(parameters, ids), 1.0)
+
+
+def opacus_full(shape: Shape) -> Method:
+    from opacus.grad_sample import GradSampleModule
+
+    return _opacus(shape, lambda model: GradSampleModule(model, strict=False, loss_reduction="sum"), "grad_sample")
+
+
+def opacus_ghost(shape: Shape) -> Method:
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping as Ghost
+
+    return _opacus(shape, lambda model: Ghost(model, strict=False, loss_reduction="sum"), "_norm_sample")
+
+
+def _opacus(shape: Shape, wrap: Callable[[nn.Module], nn.Module], field: str) -> Method:
+    ids, inner = shape.ids(), shape.model(tied=False, conv1d=False).train()  # it records nothing in eval mode
+    inner.transformer.wpe.requires_grad_(False)  # its output is broadcast over the batch
+    covered = {name: p for name, p in inner.named_parameters() if p.requires_grad}
+    wrapped = wrap(inner)
+
+    def run() -> Found:
+        losses(wrapped, ids).sum().backward()
+        found = {name: getattr(p, field) for name, p in covered.items()}
+        for p in covered.values():
+            p.grad = p.grad_sample = None
+            if field != "grad_sample":
+                delattr(p, field)
+        return {name: x.square() for name, x in found.items()} if field == "_norm_sample" else found
+
+    model = shape.model(tied=False, conv1d=False)
+    return Method(model, run, _share(model, covered), "untied head, Conv1D as Linear, position embedding frozen")
+
+
+def backpack_grads(shape: Shape) -> Method:
+    return _backpack(shape, "BatchGrad", "grad_batch")
+
+
+def backpack_norms(shape: Shape) -> Method:
+    return _backpack(shape, "BatchL2Grad", "batch_l2")
+
+
+def _backpack(shape: Shape, extension: str, field: str) -> Method:
+    import backpack
+
+    ids, inner = shape.ids(), shape.model(tied=False, conv1d=False)
+    extended = {n: m for n, m in inner.named_modules() if isinstance(m, nn.Linear) or n.endswith("wte")}
+    for module in extended.values():
+        backpack.extend(module)
+    covered = {f"{n}.{local}": p for n, m in extended.items() for local, p in m.named_parameters()}
+    make = getattr(backpack.extensions, extension)
+
+    def run() -> Found:
+        with backpack.backpack(make()):
+            losses(inner, ids).sum().backward()
+        found = {name: getattr(p, field) for name, p in covered.items()}
+        for p in inner.parameters():
+            p.grad = None
+        for p in covered.values():
+            delattr(p, field)
+        return found
+
+    model = shape.model(tied=False, conv1d=False)
+    return Method(model, run, _share(model, covered), "untied head, Conv1D as Linear; Linear and token embedding only")
+
+
+def bergson(shape: Shape) -> Method:
+    from bergson.collector.collector import HookCollectorBase
+
+    class Collect(HookCollectorBase):  # what GradientCollector does, without its files
+        def setup(self) -> None:
+            self.lo, self.hi = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
+
+        def backward_hook(self, module: nn.Module, g: Tensor) -> None:
+            self.mod_grads[module._name] = self._compute_gradient(module, g)
+
+        def process_batch(self, indices: list[int], **kwargs: Any) -> None: ...
+
+        def teardown(self) -> None: ...
+
+    ids, inner = shape.ids(), shape.model(tied=False).requires_grad_(False)
+    inner.get_input_embeddings().requires_grad_(True)  # as its worker_utils prepares a model
+    collector = Collect(model=inner.base_model)
+    covered = {name: f"transformer.{name}.weight" for name in collector.target_info}
+
+    def run() -> Found:
+        with collector:
+            losses(inner, ids).sum().backward()
+        inner.zero_grad(set_to_none=True)
+        found = {covered[name]: grads for name, grads in collector.mod_grads.items()}
+        collector.mod_grads.clear()
+        return found
+
+    model = shape.model(tied=False)
+    return Method(model, run, _share(model, covered.values()), "untied head; matrices of the blocks only")
+
+
+OURS: dict[str, Callable[[Shape], Method]] = {
+    "gradscale: squared norms": norms,
+    "gradscale: norms + sums": norms_and_sums,
+    "gradscale: gradients, layer by layer": materialized,
+}
+PEERS: dict[str, Callable[[Shape], Method]] = {
+    "floor: no weight gradients": floor,
+    "loop of one": loop,
+    "torch.func.vmap(grad)": vmap,
+    "opacus: gradients": opacus_full,
+    "opacus: ghost norms": opacus_ghost,
+    "backpack: BatchGrad": backpack_grads,
+    "backpack: BatchL2Grad": backpack_norms,
+    "bergson: gradients": bergson,
+}
+METHODS = OURS | PEERS

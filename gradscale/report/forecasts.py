@@ -1,0 +1,51 @@
+"""The lines that `gradscale plan` prints: which rule serves each parameter, and what a run will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gradscale.grads.coverage import Coverage
+    from gradscale.run.forecast import Forecast
+
+
+def coverage_lines(coverage: Coverage) -> Iterator[str]:
+    """The parameters by rule, and those that the generic rule serves by name."""
+    yield f"{coverage.entries:,} entries in {len(coverage.parameters)} parameters"
+    for rule in sorted({p.rule for p in coverage.parameters}):
+        ours = [p for p in coverage.parameters if p.rule == rule]
+        entries = sum(p.entries for p in ours)
+        yield f"  {rule:14} {len(ours):5} parameters {entries:15,} entries {entries / coverage.entries:7.1%}"
+    slow = [p.name for p in coverage.parameters if not p.fast]
+    shown = ", ".join(slow[:5]) + (", …" if len(slow) > 5 else "")
+    rest = f"; exactly but slowly {shown}" if slow else ""
+    yield f"  {coverage.share_fast:.1%} of the entries by fast rules{rest}"
+
+
+def forecast_lines(cost: Forecast, workers: int, shard_size: int) -> Iterator[str]:
+    """Time, memory and bytes of the run."""
+    total = cost.examples * cost.steps
+    yield f"{cost.examples:,} examples at {cost.steps} checkpoints"
+    ratio = cost.seconds / cost.plain_seconds
+    yield f"  time    {_duration(cost.hours(workers) * 3600)} with {workers} workers"
+    yield f"          of {1 / cost.seconds:,.0f} examples/s, {ratio:.2f} times a plain forward and backward pass"
+    yield f"  rows    {_bytes(cost.row_bytes * total)} before compression"
+    if cost.sketch_bytes:
+        yield f"  sketches {_bytes(cost.sketch_bytes * total)}"
+    shards = -(-cost.examples // shard_size)
+    yield f"  states  {_bytes(cost.state_bytes * shards)} for each checkpoint, until its shards are merged"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

@@ -1,0 +1,71 @@
+"""What a run will cost before it starts: one microbatch is measured, the rest is arithmetic. No Ray, no files."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gradscale.errors import GradscaleError
+from gradscale.measures.measure import Statistic
+from gradscale.measures.moments import MomentsStatistic
+from gradscale.run.check import check_subject
+from gradscale.run.shard import Subject, load_batch, run_shard
+from gradscale.sketches import Sketch
+
+
+class Forecast(NamedTuple):
+    """Costs of measuring `examples` examples at `steps` checkpoints. Seconds are those of this machine's device."""
+
+    examples: int
+    steps: int
+    plain_seconds: float  # an example, plain forward and backward pass
+    seconds: float  # an example, measured
+    row_bytes: int  # an example and step, before compression
+    sketch_bytes: int
+    state_bytes: int  # a shard, until its step is complete
+
+    def hours(self, workers: int) -> float:
+        """With `workers` workers as fast as this one, all of them busy."""
+        return self.examples * self.steps * self.seconds / workers / 3600
+
+
+def forecast(
+    subject: Subject, statistics: Sequence[Statistic[Any]], sketch: Sketch | None, microbatch: int, steps: int
+) -> Forecast:
+    """Check the task as a run would, then time one microbatch, after one to warm up.
+
+    Raises: GradscaleError as `check_subject`, or if there is no example.
+    """
+    examples = len(subject.examples)
+    if not examples:
+        raise GradscaleError("the dataset must have at least one example, got 0; check --data")
+    check_subject(subject, microbatch)
+    ids = range(min(microbatch, examples))
+
+    def plain() -> None:
+        subject.task.losses(subject.model, load_batch(subject, ids)).mean().backward()
+        subject.model.zero_grad(set_to_none=True)
+
+    def measured() -> None:
+        run_shard(subject, ids, 0, microbatch, statistics, sketch)
+
+    for warm_up in (plain, measured):
+        warm_up()
+    entries = sum(parameter.numel() for parameter in subject.parameters.values())
+    sums = sum(isinstance(statistic, MomentsStatistic) for statistic in statistics)
+    return Forecast(
+        examples,
+        steps,
+        _seconds(plain) / len(ids),
+        _seconds(measured) / len(ids),
+        8 * (len(subject.parameters) + 6),
+        4 * sketch.dim if sketch is not None else 0,
+        8 * entries * sums,
+    )
+
+
+def _seconds(function: Any) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
