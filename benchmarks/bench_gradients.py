@@ -2,11 +2,12 @@
 
     python benchmarks/bench_gradients.py [--only gradscale] [--repetitions 7] [--markdown]
 
-Time: in one process with 2 threads, plain pass, method A, plain pass, method B, ... Every method is compared with
-the plain forward and backward passes just before its own runs; the ratio is that of the medians, of wall time and
-of the process's CPU time (which other jobs on the machine disturb less). Squared norms are held to one backward
-pass per example first. Memory: each method in a fresh process; the peak of the resident set during its second run,
-above that of the loaded models. Peers that are not installed are named, not timed; `make bench` installs them.
+Time: in one process with 2 threads, plain pass, method A, plain pass, method B, ... The ratio is that of each
+run to the plain forward and backward pass just before it, so that a load that drifts cancels: its median and
+quartiles, of the process's CPU time (which other jobs on the machine disturb less) and of wall time. Squared norms
+are held to one backward pass per example first. Memory: each method in a fresh process; the peak of the resident
+set during its second run, above that of the loaded models. Peers that are not installed are named, not timed;
+`make bench` installs them.
 """
 
 from __future__ import annotations
@@ -52,11 +53,10 @@ class Timing(NamedTuple):
         return statistics.median(before), statistics.median(after)
 
     def ratio(self, clock: str) -> str:
-        """That of the medians, and the quartiles of those of each run to the plain pass just before it."""
-        before, after = self.median_ms(clock)
+        """The median, and the quartiles, of the ratio of each run to the plain pass just before it."""
         ratios = [getattr(method, clock) / getattr(plain, clock) for plain, method in zip(*self, strict=True)]
-        low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return f"{after / before:.2f} ({low:.2f}-{high:.2f})"
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+        return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
 def timed(function: Callable[[], object]) -> Seconds:
@@ -231,7 +231,7 @@ def main() -> None:
     for key in settings.shapes.split(","):
         shape = SHAPES[key]
         if "time" in what:
-            title = f"{shape}: medians of {settings.repetitions} over plain (and quartiles of the pairs)"
+            title = f"{shape}: {settings.repetitions} repetitions"
             show(title, time_table(names, shape, settings.repetitions), markdown=settings.markdown)
         if "memory" in what:
             title = f"{shape}: peak memory above that at rest"

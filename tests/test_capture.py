@@ -86,6 +86,19 @@ def weight_norm() -> nn.Module:
     return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)), nn.Tanh(), nn.Linear(3, 3))
 
 
+class SequenceFirst(nn.Module):
+    """Attention and a recurrent layer with torch's default layout [T, B, E], and the latter's last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention, self.recurrent = nn.MultiheadAttention(4, 2), nn.LSTM(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        _, (last, _) = self.recurrent(self.attention(x, x, x, need_weights=False)[0])
+        return last[0]
+
+
 CASES: dict[str, Callable[[], ModelAtHand]] = {
     "digits": digits,
     "gpt2-eager": partial(gpt2, "eager"),
@@ -101,6 +114,8 @@ CASES: dict[str, Callable[[], ModelAtHand]] = {
         3,
         4,
     ),
+    "sequence-first": partial(of, SequenceFirst, 3, 4),
+    "sequence-first, as many positions as examples": partial(of, SequenceFirst, 5, 4),
     "used-twice": partial(of, UsedTwice, 3, 4),
     "padding": partial(of, Padded, 3, integers=5),
     "weight-norm": partial(of, weight_norm, 4),

@@ -27,7 +27,7 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.call import Call, Rule
+from gradscale.grads.call import Call, Rule, batch_dims
 from gradscale.grads.coverage import Site
 from gradscale.grads.experts import flattens_tokens, fused_experts, shares_position_bias
 from gradscale.grads.layer import DenseGrads, LayerGrads, share
@@ -171,7 +171,8 @@ class _Tape:
 
     def _spread(self, module: nn.Module, output: Tensor, inputs: Any) -> Tensor:
         """An output broadcast over the batch (position embeddings), of no batched input, gets a row per example."""
-        if output.dim() < 2 or not output.shape[0] == 1 < self.batch_size:
+        elsewhere = isinstance(module, nn.MultiheadAttention | nn.RNNBase)  # with a batch dimension of their own
+        if elsewhere or output.dim() < 2 or not output.shape[0] == 1 < self.batch_size:
             return output
         batched = any(isinstance(x, Tensor) and x.shape[:1] == (self.batch_size,) for x in pytree.tree_leaves(inputs))
         if batched and not shares_position_bias(module):
@@ -217,8 +218,8 @@ class _Tape:
             register_multi_grad_hook(outputs, after_backward)
 
     def _take(self, site: Site, call: Call) -> None:
-        for output, grad in zip(call.outputs, call.grads, strict=True):
-            if (output.dim() == 0 or output.shape[0] != self.batch_size) and bool(grad.any()):
+        for output, grad, dim in zip(call.outputs, call.grads, batch_dims(call), strict=True):
+            if (output.dim() <= dim or output.shape[dim] != self.batch_size) and bool(grad.any()):
                 raise GradscaleError(
                     f"the output of module {site.name} must have the batch ({self.batch_size}) as its first dimension, "
                     f"got shape {tuple(output.shape)}; reshape inside the model, or leave "
@@ -270,7 +271,7 @@ def _by_example(call: Call, positions: int) -> Call:
 
 def _without(call: Call, exclude: Tensor | None) -> Call:
     """The call with the excluded examples' inputs and gradients set to zero."""
-    if exclude is None:
+    if exclude is None or any(batch_dims(call)):  # the rule of the latter takes each example alone: _cleared suffices
         return call
 
     def clear(tensor: Tensor, value: float = 0.0) -> Tensor:

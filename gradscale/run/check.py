@@ -51,13 +51,19 @@ def check_subject(subject: Subject, microbatch: int = _EXAMPLES) -> None:
 
 def autograd_sums(subject: Subject, batch: Batch) -> dict[str, Tensor]:
     """[P] float64 for every parameter: the gradient of the summed losses, by one plain backward pass."""
-    with torch.enable_grad():
-        losses = subject.task.losses(subject.model, batch)
-        exact = torch.autograd.grad(losses.sum(), list(subject.parameters.values()), allow_unused=True)
-    return {
-        name: (torch.zeros_like(parameter) if grad is None else grad).flatten().double()
-        for (name, parameter), grad in zip(subject.parameters.items(), exact, strict=True)
+    kept = {parameter: parameter.grad for parameter in subject.model.parameters()}
+    subject.model.zero_grad(set_to_none=True)
+    with torch.enable_grad():  # .backward, since a checkpoint with use_reentrant=True refuses torch.autograd.grad
+        subject.task.losses(subject.model, batch).sum().backward()
+    found = {
+        name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense())
+        .reshape(-1)
+        .double()
+        for name, parameter in subject.parameters.items()
     }
+    for parameter, grad in kept.items():
+        parameter.grad = grad
+    return found
 
 
 def _check_sums(subject: Subject, batch: Batch, sums: Mapping[str, Tensor]) -> None:
