@@ -57,7 +57,7 @@ def test_apply_is_the_product_with_materialize(make: Maps, kind: str) -> None:
 def test_groups_blocks_and_cache_leave_the_map_as_it_is(make: Maps, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     grads, sketch = grads_of(kind), make(7, seed=4)
     whole = sketch.apply("a.weight", grads)
-    monkeypatch.setattr(sweep, "_CPU_PRODUCT_TILE", 25)  # one or two examples at a time
+    monkeypatch.setattr(sweep, "_CPU_TILE", 25)  # one or two examples at a time
     monkeypatch.setattr(sweep, "_PRODUCT_ENTRIES", 11)  # two or three blocks of the map
     close(sketch.apply("a.weight", grads), whole.double())
 

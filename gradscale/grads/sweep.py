@@ -21,9 +21,9 @@ from torch import Tensor
 
 from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, widen
 
-_CPU_TILE = 1 << 18  # entries: a megabyte of float32, which the second-level cache of a core holds
-_PRODUCT_ENTRIES = 1 << 16  # of a parameter, with products: the blocks of a map, whatever the batch
-_CPU_PRODUCT_TILE = 1 << 20  # with products, where more examples share each block
+_TILE_ENTRIES = 1 << 18  # of a parameter in a tile
+_PRODUCT_ENTRIES = 1 << 16  # the same with products: the blocks of a map, whatever the batch
+_CPU_TILE = 1 << 20  # entries of a tile's examples together: 4 MB of float32, which the last-level cache holds
 _GPU_TILE = 1 << 26
 _GRAM_TILE = 1 << 22  # entries of the T x T Gram matrices held at a time
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
@@ -90,13 +90,8 @@ def _sweep(grads: LayerGrads, request: Request) -> None:
 def _tile_shape(grads: LayerGrads, request: Request) -> tuple[int, int]:
     """How many rows and how many examples a tile has."""
     batch, rows, columns = grads.shape
-    on_cpu = grads.device.type == "cpu"
-    if request.products:
-        height, budget = max(1, _PRODUCT_ENTRIES // columns), _CPU_PRODUCT_TILE if on_cpu else _GPU_TILE
-    else:
-        budget = _CPU_TILE if on_cpu else _GPU_TILE
-        height = max(1, budget // columns)
-    height = min(rows, height)
+    height = min(rows, max(1, (_PRODUCT_ENTRIES if request.products else _TILE_ENTRIES) // columns))
+    budget = _CPU_TILE if grads.device.type == "cpu" else _GPU_TILE
     return height, min(batch, max(1, budget // (columns * height)))
 
 
@@ -104,9 +99,7 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
     """Add the readings of entries start, start + 1, ... of the gradients `dense` [b, p] of `examples`."""
     stop = start + dense.shape[1]
     if request.norms is not None:
-        request.norms[examples] += (
-            torch.dot(dense[0], dense[0]) if len(dense) == 1 else torch.linalg.vecdot(dense, dense)
-        )
+        request.norms[examples] += torch.linalg.vector_norm(dense, dim=1).double().square()
     for weights, total in request.sums:
         _add_sum(dense, None if weights is None else weights[examples], total[start:stop])
     for block, total in request.products:
