@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradscale.grads.layer import LayerGrads
+from gradscale.grads.layer import DenseGrads, LayerGrads
+
+_CACHE = "transformers.cache_utils.Cache"
 
 
 class Call(NamedTuple):
@@ -51,3 +54,49 @@ def batch_dims(call: Call) -> list[int]:
 def float_tensors(tree: Any) -> list[Tensor]:
     """The floating-point tensors of a module's output, in pytree order."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The inputs without the key-value caches that the call goes on to fill: of an example alone they are empty."""
+
+    def is_cache(value: Any) -> bool:
+        kinds = () if isinstance(value, Tensor) else type(value).__mro__
+        return any(f"{kind.__module__}.{kind.__qualname__}" == _CACHE for kind in kinds)
+
+    kept = {name: None if is_cache(value) else value for name, value in kwargs.items()}
+    return tuple(None if is_cache(value) else value for value in args), kept
+
+
+def by_example(call: Call, positions: int) -> Call:
+    """The call with everything [B T, ...] as [B, T, ...]; nothing else inside such a block has B T rows."""
+
+    def split(tensor: Tensor) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != call.batch_size * positions or positions == 1:
+            return tensor
+        return tensor.view(call.batch_size, positions, *tensor.shape[1:])
+
+    args, kwargs = pytree.tree_map_only(Tensor, split, (call.args, call.kwargs))
+    outputs, grads = [split(output) for output in call.outputs], [split(grad) for grad in call.grads]
+    return call._replace(args=args, kwargs=kwargs, outputs=outputs, grads=grads)
+
+
+def without(call: Call, exclude: Tensor | None) -> Call:
+    """The call with the excluded examples' inputs and gradients set to zero."""
+    if exclude is None or any(batch_dims(call)):  # the rule of the latter takes each example alone: `cleared` suffices
+        return call
+
+    def clear(tensor: Tensor, value: float = 0.0) -> Tensor:
+        if tensor.dim() == 0 or tensor.shape[0] != call.batch_size or not tensor.is_floating_point():
+            return tensor
+        return tensor.masked_fill(exclude.view(-1, *[1] * (tensor.dim() - 1)), value)
+
+    args, kwargs = pytree.tree_map_only(Tensor, clear, (call.args, call.kwargs))
+    outputs = [clear(output, torch.nan) for output in call.outputs]
+    return call._replace(args=args, kwargs=kwargs, outputs=outputs, grads=[clear(grad) for grad in call.grads])
+
+
+def cleared(grads: LayerGrads, exclude: Tensor | None) -> LayerGrads:
+    """What a rule gave, with zero for the excluded examples, whatever the rule made of zero inputs."""
+    if exclude is None or not isinstance(grads, DenseGrads):
+        return grads
+    return DenseGrads(grads.grads.masked_fill(exclude[:, None], 0))

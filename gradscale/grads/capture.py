@@ -27,17 +27,16 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.call import Call, Rule, batch_dims
+from gradscale.grads.call import Call, Rule, batch_dims, by_example, cleared, without, without_caches
 from gradscale.grads.coverage import Site
 from gradscale.grads.experts import flattens_tokens, fused_experts, shares_position_bias
-from gradscale.grads.layer import DenseGrads, LayerGrads, share
+from gradscale.grads.layer import LayerGrads, share
 from gradscale.grads.rules.linear import conv1d, embedding, linear
 from gradscale.grads.saved import Saved
 
 Read = Callable[[str, LayerGrads], None]
 
 _BLIND: frozenset[Rule] = frozenset({linear, conv1d, embedding, fused_experts})  # rules that do not look at outputs
-_CACHE = "transformers.cache_utils.Cache"
 
 
 def capture(
@@ -162,7 +161,7 @@ class _Tape:
                     for i in floats:
                         leaves[i] = leaves[i].view_as(leaves[i])
                 positions = None if block is None else self._positions[block]
-                self._expect(site, module, _without_caches(args, kwargs), [leaves[i] for i in floats], positions)
+                self._expect(site, module, without_caches(args, kwargs), [leaves[i] for i in floats], positions)
             else:  # runs again with a gradient if it is checkpointed with use_reentrant=True
                 self.ran_without_grad = True
             return pytree.tree_unflatten(leaves, structure)
@@ -210,7 +209,7 @@ class _Tape:
             before = next((saved for saved in saved_outputs if saved is not None), gone)
             args, kwargs = saved_inputs
             call = Call(site.name, module, args, kwargs, before, filled, self.batch_size)
-            self._take(site, call if positions is None else _by_example(call, positions))
+            self._take(site, call if positions is None else by_example(call, positions))
 
         if len(outputs) == 1:
             outputs[0].register_hook(lambda grad: after_backward([grad]))
@@ -228,9 +227,9 @@ class _Tape:
         self._muted = True
         try:
             with torch.no_grad():
-                found = site.rule(_without(call, self._exclude), tuple(site.parameters))
+                found = site.rule(without(call, self._exclude), tuple(site.parameters))
                 for local, grads in found.items():
-                    self._add(site.parameters[local], _cleared(grads, self._exclude))
+                    self._add(site.parameters[local], cleared(grads, self._exclude))
         finally:
             self._muted = False
 
@@ -243,51 +242,6 @@ class _Tape:
 
 def _forget(root: Tensor) -> None:
     root.grad = None
-
-
-def _without_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs without the key-value caches that the call goes on to fill: of an example alone they are empty."""
-
-    def is_cache(value: Any) -> bool:
-        kinds = () if isinstance(value, Tensor) else type(value).__mro__
-        return any(f"{kind.__module__}.{kind.__qualname__}" == _CACHE for kind in kinds)
-
-    kept = {name: None if is_cache(value) else value for name, value in kwargs.items()}
-    return tuple(None if is_cache(value) else value for value in args), kept
-
-
-def _by_example(call: Call, positions: int) -> Call:
-    """The call with everything [B T, ...] as [B, T, ...]; nothing else inside such a block has B T rows."""
-
-    def split(tensor: Tensor) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != call.batch_size * positions or positions == 1:
-            return tensor
-        return tensor.view(call.batch_size, positions, *tensor.shape[1:])
-
-    args, kwargs = pytree.tree_map_only(Tensor, split, (call.args, call.kwargs))
-    outputs, grads = [split(output) for output in call.outputs], [split(grad) for grad in call.grads]
-    return call._replace(args=args, kwargs=kwargs, outputs=outputs, grads=grads)
-
-
-def _without(call: Call, exclude: Tensor | None) -> Call:
-    """The call with the excluded examples' inputs and gradients set to zero."""
-    if exclude is None or any(batch_dims(call)):  # the rule of the latter takes each example alone: _cleared suffices
-        return call
-
-    def clear(tensor: Tensor, value: float = 0.0) -> Tensor:
-        if tensor.dim() == 0 or tensor.shape[0] != call.batch_size or not tensor.is_floating_point():
-            return tensor
-        return tensor.masked_fill(exclude.view(-1, *[1] * (tensor.dim() - 1)), value)
-
-    args, kwargs = pytree.tree_map_only(Tensor, clear, (call.args, call.kwargs))
-    outputs = [clear(output, torch.nan) for output in call.outputs]
-    return call._replace(args=args, kwargs=kwargs, outputs=outputs, grads=[clear(grad) for grad in call.grads])
-
-
-def _cleared(grads: LayerGrads, exclude: Tensor | None) -> LayerGrads:
-    if exclude is None or not isinstance(grads, DenseGrads):
-        return grads
-    return DenseGrads(grads.grads.masked_fill(exclude[:, None], 0))
 
 
 def _unmeasured(model: nn.Module, sites: Sequence[Site]) -> list[nn.Module]:
