@@ -65,7 +65,6 @@ def measure(
     from gradscale.measures.settings import parse_measures
     from gradscale.run.job import measure as run_measure
 
-    sys.path.insert(0, "")  # a task in the current folder can be named
     options = _options(data, model, task_option)
     with _progress() as on_progress:
         run = run_measure(
@@ -210,6 +209,7 @@ def measures() -> None:
 
 
 def main() -> None:
+    sys.path.insert(0, "")  # a task or measure in the current folder can be named
     log = logging.getLogger("gradscale")
     log.setLevel(logging.INFO)
     if not log.handlers:
@@ -227,7 +227,6 @@ def main() -> None:
 def _task(task: str, data: str | None, model: str | None, task_option: list[str] | None) -> Task:
     from gradscale.task import load_task
 
-    sys.path.insert(0, "")
     return load_task(task, **_options(data, model, task_option))
 
 

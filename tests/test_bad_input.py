@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import contents
 from problems import Toy
 from run_problems import Broken, FromParquet, Regression, Troubled, WithLock
@@ -207,3 +208,22 @@ def test_address_where_nothing_listens(tmp_path, environment):
     assert time.monotonic() - start < 30
     assert done.returncode == 2
     assert f"address must be that of a running Ray cluster, got {address} where nothing answers" in done.stderr
+
+
+class Growing(Toy):
+    """A model that has one parameter more at every checkpoint but the first."""
+
+    def model(self, checkpoint):
+        model = super().model(checkpoint)
+        if checkpoint and checkpoint.endswith("1"):
+            model.more = torch.nn.Parameter(torch.ones(1, dtype=torch.float64))
+        return model
+
+
+def test_checkpoints_of_different_models(tmp_path):
+    for step in (0, 1):
+        (tmp_path / f"step{step}").write_bytes(b"")
+    match = "every checkpoint must have the parameters of the first one, got others at step 1; measure it into a run"
+    with pytest.raises(gs.ShardsFailed, match=match):
+        gs.measure(Growing(), str(tmp_path / "run"), checkpoints=[str(tmp_path / "step*")], workers=1)
+    assert set(gs.open_run(str(tmp_path / "run")).estimates().step) == {0}  # the first one is measured

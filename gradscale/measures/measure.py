@@ -19,13 +19,12 @@ from gradscale.grads.readings import GradientSums, Projected, Reading
 
 S = TypeVar("S", bound=NamedTuple)
 
-STATUSES = ("identity", "estimator", "heuristic", "conditional")
-
 
 class Estimate(NamedTuple):
     """One number with its error.
 
     `stderr` is None where the value is exact, NaN where the error cannot be told (a single block).
+    `status` is identity, estimator, heuristic or conditional.
     `scope` is `all`, `union`, `layer:<parameter>` or `class:<a>[,<b>]`.
     """
 
@@ -38,7 +37,7 @@ class Estimate(NamedTuple):
 
 
 class MicroBatch(NamedTuple):
-    """The readings of the finite examples of one microbatch; examples with a non-finite loss or gradient are left out.
+    """The readings of the finite examples of one shard; those with a non-finite loss or gradient are left out.
 
     `block` numbers the jackknife block (a contiguous run of shards) that the microbatch belongs to.
     `sums[reading][class or None][parameter]` is [P]; `projections[reading]` is [B, K].

@@ -69,7 +69,7 @@ class Worker:
             torch.use_deterministic_algorithms(True, warn_only=True)
         self._job = job
         self._store = Store(Files(job.out))
-        self._loaded: tuple[str | None, Subject] | None = None
+        self._loaded: _Loaded | None = None
 
     def ready(self) -> int:
         """The process id: the worker is up."""
@@ -80,7 +80,7 @@ class Worker:
 
         Raises: GradscaleError if the task cannot be measured.
         """
-        subject = self._subject(checkpoint)
+        subject, parameters = self._load(checkpoint)
         examples = len(subject.examples)
         if not examples:
             raise GradscaleError("the dataset must have at least one example, got 0; check --data")
@@ -90,15 +90,15 @@ class Worker:
         return Description(
             examples,
             fingerprint(subject.examples),
-            _parameters(subject),
+            parameters,
             labels_of(subject.task, first) is not None,
             _versions(self._job.device),
         )
 
     def measure(self, plan: Plan, unit: Unit) -> dict[str, Any]:
         """Measure one shard and write its files; returns the content of its commit record."""
-        subject = self._subject(plan.checkpoints[str(unit.step)]["path"])
-        if _parameters(subject) != plan.parameters:
+        subject, parameters = self._load(plan.checkpoints[str(unit.step)]["path"])
+        if parameters != plan.parameters:
             raise GradscaleError(
                 f"every checkpoint must have the parameters of the first one, got others at step {unit.step}; "
                 "measure it into a run of its own"
@@ -128,15 +128,20 @@ class Worker:
     def estimate_over_steps(self, plan: Plan, steps: Sequence[int]) -> list[EstimateRow]:
         return estimate_over_steps(self._store, plan, self._job.measures, steps)
 
-    def _subject(self, checkpoint: str | None) -> Subject:
-        if self._loaded is None or self._loaded[0] != checkpoint:
+    def _load(self, checkpoint: str | None) -> tuple[Subject, dict[str, Any]]:
+        """The model of `checkpoint` and its parameters for the plan, worked out once for all of its shards."""
+        if self._loaded is None or self._loaded.checkpoint != checkpoint:
             self._loaded = None  # free the one before
-            self._loaded = (checkpoint, self._prepare(checkpoint))
-        return self._loaded[1]
+            job = self._job
+            subject = prepare(job.task, checkpoint, job.params, job.device, job.excluded)
+            self._loaded = _Loaded(checkpoint, subject, _parameters(subject))
+        return self._loaded.subject, self._loaded.parameters
 
-    def _prepare(self, checkpoint: str | None) -> Subject:
-        job = self._job
-        return prepare(job.task, checkpoint, job.params, job.device, job.excluded)
+
+class _Loaded(NamedTuple):
+    checkpoint: str | None
+    subject: Subject
+    parameters: dict[str, Any]
 
 
 def _parameters(subject: Subject) -> dict[str, Any]:
