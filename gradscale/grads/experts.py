@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gradscale.grads.call import Call, Rule
-from gradscale.grads.layer import LayerGrads, wide_dtype, widen
+from gradscale.grads.layer import LayerGrads, multiply, wide_dtype, widen
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ExpertGrads:
     def device(self) -> torch.device:
         return self.left.device
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
         height = self.left.shape[1]
         for expert in range(rows.start // height, -(-rows.stop // height)):
             start, stop = max(rows.start, expert * height), min(rows.stop, (expert + 1) * height)
@@ -49,7 +49,8 @@ class ExpertGrads:
             right = widen(self.right[bounds[0] : bounds[-1]])
             for b in range(len(bounds) - 1):
                 part = slice(bounds[b] - bounds[0], bounds[b + 1] - bounds[0])
-                torch.mm(left[part].mT, right[part], out=out[b, start - rows.start : stop - rows.start])
+                into = out[b, None, start - rows.start : stop - rows.start]
+                multiply(left[part].mT[None], right[None, part], into, add=add)
 
 
 def fused_experts(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:

@@ -36,8 +36,8 @@ class LayerGrads(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
-        """Write the gradients of `examples` with respect to `rows` into `out` [b, r, C]."""
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
+        """Write the gradients of `examples` with respect to `rows` into `out` [b, r, C]; or add them to it."""
         ...
 
 
@@ -52,6 +52,14 @@ def materialize(grads: LayerGrads) -> Tensor:
 def widen(tensor: Tensor) -> Tensor:
     """float32 for half-precision tensors, anything else as it is."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def multiply(left: Tensor, right: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """Write left @ right [b, r, C] into `out`, or add it; for left [b, r, T] and right [b, T, C]."""
+    if len(out) == 1:  # one product is faster than a batch of one
+        out[0].addmm_(left[0], right[0]) if add else torch.mm(left[0], right[0], out=out[0])
+    else:
+        out.baddbmm_(left, right) if add else torch.bmm(left, right, out=out)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -76,8 +84,9 @@ class DenseGrads:
     def device(self) -> torch.device:
         return self.grads.device
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
-        out.squeeze(2).copy_(self.grads[examples, rows])
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
+        part = self.grads[examples, rows]
+        out.squeeze(2).add_(part) if add else out.squeeze(2).copy_(part)
 
 
 @dataclass(frozen=True)
@@ -102,12 +111,8 @@ class OuterGrads:
     def device(self) -> torch.device:
         return self.left.device
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
-        left, right = widen(self.left[examples, :, rows]), widen(self.right[examples])
-        if len(out) == 1:  # one product is faster than a batch of one
-            torch.mm(left[0].mT, right[0], out=out[0])
-        else:
-            torch.bmm(left.mT, right, out=out)
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
+        multiply(widen(self.left[examples, :, rows]).mT, widen(self.right[examples]), out, add=add)
 
 
 @dataclass(frozen=True)
@@ -132,15 +137,16 @@ class GroupedGrads:
     def device(self) -> torch.device:
         return self.left.device
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
         height = self.left.shape[3]
         first, last = rows.start // height, -(-rows.stop // height)
         part = slice(rows.start - first * height, rows.stop - first * height)
         left, right = self.left[examples, first:last], widen(self.right[examples, first:last])
         if last - first == 1:
-            torch.bmm(widen(left[:, 0, :, part]).mT, right[:, 0], out=out)
+            multiply(widen(left[:, 0, :, part]).mT, right[:, 0], out, add=add)
         else:
-            out.copy_((widen(left).mT @ right).flatten(1, 2)[:, part])
+            found = (widen(left).mT @ right).flatten(1, 2)[:, part]
+            out.add_(found) if add else out.copy_(found)
 
 
 @dataclass(frozen=True)
@@ -163,11 +169,14 @@ class EmbeddingGrads:
     def device(self) -> torch.device:
         return self.grads.device
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
-        ids, height = self.ids[examples] - rows.start, rows.stop - rows.start
-        example, position = ((ids >= 0) & (ids < height)).nonzero(as_tuple=True)
-        flat = out.zero_().view(-1, out.shape[2])
-        flat.index_add_(0, example * height + ids[example, position], widen(self.grads[examples][example, position]))
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
+        ids, grads, height = self.ids[examples] - rows.start, self.grads[examples], rows.stop - rows.start
+        if height < self.num_rows:  # how many are inside is not asked for: a device would have to be waited for
+            inside = (ids >= 0) & (ids < height)
+            ids, grads = ids.clamp(0, height - 1), grads.masked_fill(~inside[:, :, None], 0)
+        index = torch.arange(len(ids), device=self.device)[:, None] * height + ids
+        flat = (out if add else out.zero_()).view(-1, out.shape[2])
+        flat.index_add_(0, index.flatten(), widen(grads).flatten(0, 1))
 
 
 @dataclass(frozen=True)
@@ -188,12 +197,9 @@ class SharedGrads:
     def device(self) -> torch.device:
         return self.uses[0].device
 
-    def tile(self, examples: slice, rows: slice, out: Tensor) -> None:
-        self.uses[0].tile(examples, rows, out)
-        part = torch.empty_like(out)
-        for use in self.uses[1:]:
-            use.tile(examples, rows, part)
-            out += part
+    def tile(self, examples: slice, rows: slice, out: Tensor, *, add: bool = False) -> None:
+        for i, use in enumerate(self.uses):
+            use.tile(examples, rows, out, add=add or i > 0)
 
 
 def share(uses: Sequence[LayerGrads]) -> LayerGrads:

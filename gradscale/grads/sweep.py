@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, widen
+from gradscale.grads.gram import Factors, add_squared_norms, factors_of, gram_cost, length
+from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, widen
 
-_TILE_ENTRIES = 1 << 18  # of a parameter in a tile
+_TILE_ENTRIES = 1 << 20  # of a parameter in a tile
 _PRODUCT_ENTRIES = 1 << 16  # the same with products: the blocks of a map, whatever the batch
-_CPU_TILE = 1 << 20  # entries of a tile's examples together: 4 MB of float32, which the last-level cache holds
+_CPU_TILE = 1 << 21  # entries of a tile's examples together: 8 MB of float32, which a last-level cache may hold
 _GPU_TILE = 1 << 26
-_GRAM_TILE = 1 << 22  # entries of the T x T Gram matrices held at a time
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
-
-Factors = OuterGrads | EmbeddingGrads
+_GRAM_COST = 1.5  # multiplications of a tile for which one of a Gram matrix, which is smaller, can be had
 
 
 class Request(NamedTuple):
@@ -41,7 +39,7 @@ class Request(NamedTuple):
 
 def read(grads: LayerGrads, request: Request) -> None:
     """Add what `request` asks for to its tensors."""
-    factors = _factors(grads)
+    factors = factors_of(grads)
     if isinstance(grads, DenseGrads):
         _read_dense(grads, request)
     elif isinstance(grads, EmbeddingGrads) and not request.products:
@@ -90,29 +88,28 @@ def _sweep(grads: LayerGrads, request: Request) -> None:
 def _tile_shape(grads: LayerGrads, request: Request) -> tuple[int, int]:
     """How many rows and how many examples a tile has."""
     batch, rows, columns = grads.shape
-    height = min(rows, max(1, (_PRODUCT_ENTRIES if request.products else _TILE_ENTRIES) // columns))
-    budget = _CPU_TILE if grads.device.type == "cpu" else _GPU_TILE
-    return height, min(batch, max(1, budget // (columns * height)))
+    budget, entries = (_CPU_TILE, _TILE_ENTRIES) if grads.device.type == "cpu" else (_GPU_TILE, _GPU_TILE)
+    height = min(rows, max(1, (_PRODUCT_ENTRIES if request.products else entries) // columns))
+    groups = -(-batch // max(1, budget // (columns * height)))
+    return height, -(-batch // groups)
 
 
 def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> None:
     """Add the readings of entries start, start + 1, ... of the gradients `dense` [b, p] of `examples`."""
     stop = start + dense.shape[1]
     if request.norms is not None:
-        request.norms[examples] += torch.linalg.vector_norm(dense, dim=1).double().square()
+        request.norms[examples].add_(torch.linalg.vector_norm(dense, dim=1).double().square())
     for weights, total in request.sums:
         _add_sum(dense, None if weights is None else weights[examples], total[start:stop])
     for block, total in request.products:
-        total[examples] += dense @ block(start, stop).to(dense.dtype)
+        total[examples].add_(dense @ block(start, stop).to(dense.dtype))
 
 
 def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:
-    if weights is not None:
-        total.addmv_(dense.mT, weights.to(dense.dtype))
-    elif len(dense) == 1:
+    if weights is None and len(dense) == 1:
         total += dense[0]
     else:
-        total += dense.sum(dim=0)
+        total.addmv_(dense.mT, dense.new_ones(len(dense)) if weights is None else weights.to(dense.dtype))
 
 
 def _read_dense(grads: DenseGrads, request: Request) -> None:
@@ -125,45 +122,43 @@ def _read_dense(grads: DenseGrads, request: Request) -> None:
 
 
 def _read_embedding(grads: EmbeddingGrads, request: Request) -> None:
-    """By segments: the rows that an example's positions share are added up first."""
-    batch, rows, columns = grads.shape
-    offsets = torch.arange(batch, device=grads.device)[:, None] * rows
-    touched, segment = torch.unique(grads.ids + offsets, return_inverse=True)
-    dense = torch.zeros(len(touched), columns, dtype=grads.dtype, device=grads.device)
-    dense.index_add_(0, segment.flatten(), widen(grads.grads).flatten(0, 1))
-    example, row = touched // rows, touched % rows
+    """By segments: for norms, the rows that an example's positions share are added up first."""
+    rows = grads.shape[1]
+    positions = widen(grads.grads)
     if request.norms is not None:
-        request.norms.index_add_(0, example, dense.square().sum(dim=1).double())
+        request.norms.add_(_segment_sq_norms(grads.ids, positions))
     for weights, total in request.sums:
-        weighted = dense if weights is None else dense * weights[example, None]
-        total.view(rows, columns).index_add_(0, row, weighted)
+        weighted = positions if weights is None else positions * weights.to(positions.dtype)[:, None, None]
+        total.view(rows, -1).index_add_(0, grads.ids.flatten(), weighted.flatten(0, 1))
 
 
-def _factors(grads: LayerGrads) -> tuple[Factors, ...]:
-    """The uses of a parameter as sums over positions of a row's factor times a column's; empty if they are not."""
-    uses = grads.uses if isinstance(grads, SharedGrads) else (grads,)
-    return tuple(use for use in uses if isinstance(use, Factors)) if all(isinstance(u, Factors) for u in uses) else ()
+def _segment_sq_norms(ids: Tensor, positions: Tensor) -> Tensor:
+    """[B] float64: squared norms of what `positions` [B, T, C] add up to in the rows `ids` [B, T] of a table.
+
+    The number of segments is not asked for, since a device would have to be waited for.
+    """
+    in_order, order = ids.sort(dim=1, stable=True)
+    is_first = torch.ones_like(ids, dtype=torch.bool)
+    is_first[:, 1:] = in_order[:, 1:] != in_order[:, :-1]
+    segment = torch.empty_like(ids).scatter_(1, order, is_first.cumsum(dim=1) - 1)
+    offsets = torch.arange(len(ids), device=ids.device)[:, None] * ids.shape[1]
+    sums = torch.zeros_like(positions).flatten(0, 1)
+    sums.index_add_(0, (segment + offsets).flatten(), positions.flatten(0, 1))
+    return sums.view(len(ids), -1).square().sum(dim=1).double()
 
 
 def _factors_are_cheaper(uses: tuple[Factors, ...], request: Request) -> bool:
     """Compare multiplications an example: Gram matrices and one product for each sum, against the tiles."""
     _, rows, columns = uses[0].shape
-    product = sum(_positions(use) * rows * columns for use in uses if isinstance(use, OuterGrads))
-    gram = sum(_gram_cost(a, b) for a, b in combinations_with_replacement(uses, 2)) if request.norms is not None else 0
-    passes = (request.norms is not None) + 3 * len(request.sums)
+    product = sum(length(use) * rows * columns for use in uses if isinstance(use, OuterGrads))
+    gram = _GRAM_COST * gram_cost(uses) if request.norms is not None else 0
+    passes = (request.norms is not None) + len(request.sums)
     return gram + product * len(request.sums) <= product + _PASS_COST * passes * rows * columns
-
-
-def _gram_cost(a: Factors, b: Factors) -> int:
-    _, rows, columns = a.shape
-    both_outer = isinstance(a, OuterGrads) and isinstance(b, OuterGrads)
-    return _positions(a) * _positions(b) * (columns + (rows if both_outer else 1))
 
 
 def _read_factors(uses: tuple[Factors, ...], request: Request) -> None:
     if request.norms is not None:
-        for i, j in combinations_with_replacement(range(len(uses)), 2):
-            _add_gram(uses[i], uses[j], 1.0 if i == j else 2.0, request.norms)
+        add_squared_norms(uses, request.norms)
     for use in uses:
         if isinstance(use, EmbeddingGrads):
             _read_embedding(use, request._replace(norms=None))
@@ -171,40 +166,3 @@ def _read_factors(uses: tuple[Factors, ...], request: Request) -> None:
         for weights, total in request.sums:
             left = widen(use.left) if weights is None else widen(use.left) * weights[:, None, None]
             total.view(use.shape[1:]).addmm_(left.flatten(0, 1).mT, widen(use.right).flatten(0, 1))
-
-
-def _add_gram(a: Factors, b: Factors, scale: float, norms: Tensor) -> None:
-    """Add scale <a, b> = scale sum_st <rows of a at s, of b at t> <columns ...>, by tiles of _GRAM_TILE entries."""
-    batch, height = len(norms), min(_positions(a), max(1, _GRAM_TILE // _positions(b)))
-    group = max(1, _GRAM_TILE // (height * _positions(b)))
-    for first in range(0, batch, group):
-        examples = slice(first, first + group)
-        for start in range(0, _positions(a), height):
-            part = slice(start, start + height)
-            block = widen(_columns(a)[examples, part]) @ widen(_columns(b)[examples]).mT
-            block *= _row_products(a, b, examples, part)
-            norms[examples] += block.flatten(1).sum(dim=1).mul_(scale)
-
-
-def _row_products(a: Factors, b: Factors, examples: slice, part: slice) -> Tensor:
-    """[b, s, t]: inner products of the row factors; an embedding's are unit vectors."""
-    if isinstance(a, OuterGrads) and isinstance(b, OuterGrads):
-        return widen(a.left[examples, part]) @ widen(b.left[examples]).mT
-    if isinstance(a, OuterGrads):
-        assert isinstance(b, EmbeddingGrads)
-        ids = b.ids[examples, None, :].expand(-1, a.left[examples, part].shape[1], -1)
-        return widen(a.left[examples, part].gather(2, ids))
-    if isinstance(b, OuterGrads):
-        ids = a.ids[examples, None, part].expand(-1, b.left.shape[1], -1)
-        return widen(b.left[examples].gather(2, ids)).mT
-    assert isinstance(a, EmbeddingGrads)
-    assert isinstance(b, EmbeddingGrads)
-    return a.ids[examples, part, None] == b.ids[examples, None, :]
-
-
-def _columns(use: Factors) -> Tensor:
-    return use.right if isinstance(use, OuterGrads) else use.grads
-
-
-def _positions(use: Factors) -> int:
-    return _columns(use).shape[1]

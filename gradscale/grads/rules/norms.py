@@ -104,7 +104,7 @@ def _over_positions(call: Call, wanted: Sequence[str], normalized: Tensor, dims:
     """For a weight over the last `dims` dimensions."""
     grad = widen(call.grads[0])
     shape = (call.batch_size, -1, grad.shape[grad.dim() - dims :].numel())
-    found = {"weight": lambda: grad * normalized, "bias": lambda: grad}
+    found = {"weight": lambda: _times(normalized, grad), "bias": lambda: grad}
     return {name: DenseGrads(found[name]().reshape(shape).sum(dim=1)) for name in wanted}
 
 
@@ -112,5 +112,10 @@ def _by_channel(call: Call, wanted: Sequence[str], normalized: Tensor) -> dict[s
     """For a weight over the second dimension, C."""
     grad = widen(call.grads[0])
     shape = (*grad.shape[:2], -1)
-    found = {"weight": lambda: grad * normalized, "bias": lambda: grad}
+    found = {"weight": lambda: _times(normalized, grad), "bias": lambda: grad}
     return {name: DenseGrads(found[name]().reshape(shape).sum(dim=2)) for name in wanted}
+
+
+def _times(normalized: Tensor, grad: Tensor) -> Tensor:
+    """Their product; `normalized` is overwritten, which spares the memory of another tensor, if it has its dtype."""
+    return normalized.mul_(grad) if normalized.dtype == grad.dtype else normalized * grad
