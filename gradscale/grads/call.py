@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradscale.grads.layer import DenseGrads, LayerGrads
+from gradscale.grads.waiting import Doubts
 
 _CACHE = "transformers.cache_utils.Cache"
 
@@ -27,6 +28,8 @@ class Call(NamedTuple):
     outputs: list[Tensor]  # the floating-point outputs, in pytree order; NaN: not to be compared with anything
     grads: list[Tensor]  # of the outputs
     batch_size: int
+    unreached: frozenset[int] = frozenset()  # the outputs that have no gradient; `grads` holds zeros for them
+    doubts: Doubts | None = None  # None: whatever is in doubt is settled at once
 
 
 Rule = Callable[[Call, Sequence[str]], dict[str, LayerGrads]]  # of the wanted parameters, by the module's own names

@@ -19,6 +19,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,9 +31,11 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.call import Call, Rule, batch_dims, by_example, cleared, without, without_caches
 from gradscale.grads.coverage import Site
 from gradscale.grads.experts import flattens_tokens, fused_experts, shares_position_bias
+from gradscale.grads.generic import no_gradient
 from gradscale.grads.layer import LayerGrads, share
 from gradscale.grads.rules.linear import conv1d, embedding, linear
 from gradscale.grads.saved import Saved
+from gradscale.grads.waiting import Doubts, refuse
 
 Read = Callable[[str, LayerGrads], None]
 
@@ -46,15 +49,17 @@ def capture(
     batch_size: int,
     read: Read,
     exclude: Tensor | None = None,
+    doubts: Doubts | None = None,
 ) -> Tensor:
     """Run `losses(model)` -> [B] and its backward; call `read(parameter, grads)` once for every parameter used.
 
-    Examples flagged in `exclude` [B] have zero gradients. Returns the losses, detached.
+    Examples flagged in `exclude` [B] have zero gradients. Returns the losses, detached. With `doubts`, what takes a
+    look at the data is left to them: if they turn out justified, what was read is void.
     Raises: GradscaleError if the losses are not [B], do not depend on the sites, or a site mixes examples.
     """
     others = _unmeasured(model, sites)
     with _frozen(model), torch.enable_grad():
-        tape = _Tape(batch_size, read, exclude)
+        tape = _Tape(batch_size, read, exclude, doubts)
         with tape.recording(model, sites), warnings.catch_warnings():
             if others:
                 warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
@@ -64,7 +69,7 @@ def capture(
         # A checkpoint with use_reentrant=True has gradients inside only if its input needs one, as it does where all
         # trainable parameters are: the graph has to start at the first of them, measured or not.
         del values
-        tape = _Tape(batch_size, read, exclude)
+        tape = _Tape(batch_size, read, exclude, doubts)
         with tape.recording(model, sites, others):
             return _backward(losses(model), tape)
 
@@ -97,11 +102,12 @@ def _backward(values: Tensor, tape: _Tape) -> Tensor:
 class _Tape:
     """What one pass has recorded so far; it lives for one call of `capture`."""
 
-    def __init__(self, batch_size: int, read: Read, exclude: Tensor | None) -> None:
+    def __init__(self, batch_size: int, read: Read, exclude: Tensor | None, doubts: Doubts | None) -> None:
         self.batch_size = batch_size
         self.ran_without_grad = False
         self._read = read
         self._exclude = exclude
+        self._doubts = doubts
         self._anchor = torch.zeros((), requires_grad=True)
         self._pending: Counter[str] = Counter()  # uses without a gradient as yet, as the forward pass counts them
         self._uses: dict[str, list[LayerGrads]] = {}
@@ -208,7 +214,8 @@ class _Tape:
             # None after an in-place change, as by nn.ReLU(inplace=True)
             before = next((saved for saved in saved_outputs if saved is not None), gone)
             args, kwargs = saved_inputs
-            call = Call(site.name, module, args, kwargs, before, filled, self.batch_size)
+            unreached = frozenset(i for i, grad in enumerate(grads) if grad is None)
+            call = Call(site.name, module, args, kwargs, before, filled, self.batch_size, unreached, self._doubts)
             self._take(site, call if positions is None else by_example(call, positions))
 
         if len(outputs) == 1:
@@ -217,21 +224,33 @@ class _Tape:
             register_multi_grad_hook(outputs, after_backward)
 
     def _take(self, site: Site, call: Call) -> None:
-        for output, grad, dim in zip(call.outputs, call.grads, batch_dims(call), strict=True):
-            if (output.dim() <= dim or output.shape[dim] != self.batch_size) and bool(grad.any()):
-                raise GradscaleError(
-                    f"the output of module {site.name} must have the batch ({self.batch_size}) as its first dimension, "
-                    f"got shape {tuple(output.shape)}; reshape inside the model, or leave "
-                    f"{', '.join(site.parameters.values())} out by --params"
-                )
+        call = call._replace(unreached=call.unreached | self._without_batch(site, call))
+        rule = site.rule if len(call.unreached) < len(call.outputs) else no_gradient
         self._muted = True
         try:
             with torch.no_grad():
-                found = site.rule(without(call, self._exclude), tuple(site.parameters))
+                found = rule(without(call, self._exclude), tuple(site.parameters))
                 for local, grads in found.items():
                     self._add(site.parameters[local], cleared(grads, self._exclude))
         finally:
             self._muted = False
+
+    def _without_batch(self, site: Site, call: Call) -> frozenset[int]:
+        """The outputs without a batch dimension, which are fine as long as their gradients are zero."""
+
+        def error(output: Tensor) -> GradscaleError:
+            return GradscaleError(
+                f"the output of module {site.name} must have the batch ({self.batch_size}) as its first dimension, "
+                f"got shape {tuple(output.shape)}; reshape inside the model, or leave "
+                f"{', '.join(site.parameters.values())} out by --params"
+            )
+
+        shapes = [(output.shape, dim) for output, dim in zip(call.outputs, batch_dims(call), strict=True)]
+        found = [i for i, (shape, dim) in enumerate(shapes) if shape[dim : dim + 1] != (self.batch_size,)]
+        for i in found:
+            if i not in call.unreached:
+                refuse(call.grads[i].any(), partial(error, call.outputs[i]), self._doubts)
+        return frozenset(found)
 
     def _add(self, name: str, grads: LayerGrads) -> None:
         self._uses.setdefault(name, []).append(grads)

@@ -113,7 +113,8 @@ def _assignments(
 ) -> tuple[Tensor, Tensor, tuple[tuple[int, ...], ...]]:
     """The token [S] and the weight [S] of each assignment, by expert, then by example; and the bounds of those.
 
-    An index of E or more stands for no expert.
+    An index of E or more stands for no expert. The bounds are read on the host, which waits for them, at every
+    call: what `waiting.py` spares others does not hold here. The model's own forward waits too in its eager form.
     """
     tokens, slots = index.shape
     example = torch.arange(tokens, device=index.device).div(tokens // batch_size, rounding_mode="floor")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -21,29 +21,46 @@ from torch.utils import _pytree as pytree
 from gradscale.errors import GradscaleError
 from gradscale.grads.call import Call, float_tensors
 from gradscale.grads.layer import DenseGrads, LayerGrads
+from gradscale.grads.waiting import refuse
 
 _ALIVE_ENTRIES = 1 << 24  # of the gradients that vmap works on at a time
+
+Dims = list[int | None]
 
 
 def generic(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
     """Exact for any module whose inputs and outputs have the batch as their first dimension.
 
     An input that only happens to have B rows (a mask [T, T] with T = B) is found out by the outputs: the inputs
-    are taken for batched first all together, then with one of them left out.
+    are taken for batched first all together, then with one of them left out. What was right at the module's first
+    call is taken over by later ones with as many such inputs, where the call has doubts.
     Raises: GradscaleError if an example alone gives another output than it gave within its batch.
     """
     leaves = pytree.tree_leaves((call.args, dict(call.kwargs)))
     batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == call.batch_size for leaf in leaves]
-    dims = [0 if moved else None for moved in batched]
+    key = (generic, call.module, tuple(batched))
+    if call.doubts is not None and key in call.doubts.decided:
+        with suppress(Exception):  # whatever it is, it comes again below, or was of the wrong choice
+            return per_example(call, wanted, call.doubts.decided[key], [0] * len(call.outputs))
+    found, dims = _tried(call._replace(doubts=None), wanted, batched)
+    if call.doubts is not None:
+        call.doubts.decided[key] = dims
+    return found
+
+
+def _tried(call: Call, wanted: Sequence[str], batched: Sequence[bool]) -> tuple[dict[str, LayerGrads], Dims]:
+    """The gradients, and the batch dimensions of the inputs with which the outputs are right."""
+    dims: Dims = [0 if moved else None for moved in batched]
     output_dims = [0] * len(call.outputs)
     try:
-        return per_example(call, wanted, dims, output_dims)
+        return per_example(call, wanted, dims, output_dims), dims
     except Exception:
         comparable = all(output.isfinite().any() for output in call.outputs)
         for i, moved in enumerate(batched):
             if moved and sum(batched) > 1 < call.batch_size and comparable:
+                fewer = [*dims[:i], None, *dims[i + 1 :]]
                 try:
-                    return per_example(call, wanted, [*dims[:i], None, *dims[i + 1 :]], output_dims)
+                    return per_example(call, wanted, fewer, output_dims), fewer
                 except Exception:  # the first error is the one to tell
                     continue
         raise
@@ -56,10 +73,10 @@ def per_example(
 
     A batch dimension may have n B entries, n for each example in turn.
     """
-    parameters = {name: call.module.get_parameter(name).detach() for name in wanted}
-    used = [i for i, grad in enumerate(call.grads) if grad.any()]  # a recurrent net's last state is often not
+    used = [i for i in range(len(call.grads)) if i not in call.unreached]  # a recurrent net's last state is often not
     if not used:
-        return {name: DenseGrads(p.new_zeros(call.batch_size, p.numel())) for name, p in parameters.items()}
+        return no_gradient(call, wanted)
+    parameters = {name: call.module.get_parameter(name).detach() for name in wanted}
     run = _Run.of(call, input_dims, used)
     grads = [_split(call.grads[i], output_dims[i], call.batch_size) for i in used]
     grads = [grad.movedim(output_dims[i], 0) for i, grad in zip(used, grads, strict=True)]
@@ -67,8 +84,14 @@ def per_example(
         found, outputs = _vmapped_or_looped(run, parameters, grads)
     for i, output in zip(used, outputs, strict=True):
         together = _split(call.outputs[i], output_dims[i], call.batch_size).movedim(output_dims[i], 0)
-        _check_same(call.name, output.detach().reshape(together.shape), together)
+        _check_same(call, output.detach().reshape(together.shape), together, matters=call.grads[i].any())
     return {name: DenseGrads(grad.reshape(call.batch_size, -1).detach()) for name, grad in found.items()}
+
+
+def no_gradient(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
+    """Zeros: the rule for a call none of whose outputs has a part in the losses."""
+    parameters = {name: call.module.get_parameter(name) for name in wanted}
+    return {name: DenseGrads(p.detach().new_zeros(call.batch_size, p.numel())) for name, p in parameters.items()}
 
 
 class _Run(NamedTuple):
@@ -189,15 +212,19 @@ def _restored(module: nn.Module) -> Iterator[None]:
             buffers.update(saved_buffers)
 
 
-def _check_same(name: str, alone: Tensor, together: Tensor) -> None:
+def _check_same(call: Call, alone: Tensor, together: Tensor, matters: Tensor) -> None:
     """To rounding, against the largest entry; what is not finite within the batch is not compared."""
+    if not together.numel():
+        return
     finite = together.isfinite()
-    scale = together.where(finite, 0).abs().amax() if together.numel() else together.sum()
-    tolerance = min(1e3 * torch.finfo(together.dtype).eps, 0.25) * float(scale)
-    difference = (alone - together).abs().where(finite, 0)
-    largest = float(difference.amax()) if together.numel() else 0.0
-    if not largest <= tolerance:
-        raise _mixed(name, f"one {largest:.2g} apart within the batch")
+    scale = together.where(finite, 0).abs().amax()
+    tolerance = min(1e3 * torch.finfo(together.dtype).eps, 0.25) * scale.double()
+    largest = (alone - together).abs().where(finite, 0).amax().double()
+
+    def error() -> GradscaleError:
+        return _mixed(call.name, f"one {float(largest):.2g} apart within the batch")
+
+    refuse(matters & ~(largest <= tolerance), error, call.doubts)
 
 
 def _mixed(name: str, got: str) -> GradscaleError:

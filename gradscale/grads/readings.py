@@ -20,6 +20,7 @@ from gradscale.grads.capture import capture
 from gradscale.grads.coverage import Site
 from gradscale.grads.layer import LayerGrads, wide_dtype
 from gradscale.grads.sweep import Request, read
+from gradscale.grads.waiting import Doubts, sent
 
 
 @runtime_checkable
@@ -89,16 +90,19 @@ def read_gradients(
     labels: Tensor | None = None,
     exclude: Tensor | None = None,
     totals: Totals | None = None,
+    doubts: Doubts | None = None,
 ) -> Readings:
     """Take `readings` of the B gradients in one forward and backward pass.
 
     An example counts as finite if its loss and the squared norm of its gradient are. Examples flagged in `exclude`
     [B] are read as zero and not finite. Sums are added to `totals`, which may hold those of other examples; if an
-    example that was not excluded turns out not to be finite, they are spoilt, and the caller begins anew.
+    example that was not excluded turns out not to be finite, they are spoilt, and the caller begins anew; likewise if
+    the `doubts` turn out justified. With `doubts`, and `labels` that are on the host, nothing waits for the device but
+    what a module's first call has to decide.
     Raises: GradscaleError as `capture`.
     """
     reader = _Reader(parameters, batch_size, frozenset(readings), labels, {} if totals is None else totals)
-    values = capture(model, sites, losses, batch_size, reader.read, exclude)
+    values = capture(model, sites, losses, batch_size, reader.read, exclude, doubts)
     finite = values.isfinite() & reader.sq_norms.isfinite().all(dim=1)
     if exclude is not None:
         finite &= ~exclude
@@ -118,7 +122,7 @@ class _Reader:
     ) -> None:
         device = next(iter(parameters.values())).device
         self.totals = totals
-        self._weights = _weights(readings, labels)
+        self._weights = _weights(readings, labels, device)
         for reading, groups in self._weights.items():
             for group in groups:
                 _fill(totals.setdefault(reading, {}).setdefault(group, {}), parameters)
@@ -163,14 +167,15 @@ def _fill(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> No
 
 
 def _weights(
-    readings: frozenset[Reading], labels: Tensor | None
+    readings: frozenset[Reading], labels: Tensor | None, device: torch.device
 ) -> dict[GradientSums, dict[int | None, Tensor | None]]:
     """The weights [B] of every sum asked for: None for one each, or those that pick the examples of a class."""
     found: dict[GradientSums, dict[int | None, Tensor | None]] = {}
     for reading in readings:
         if isinstance(reading, GradientSums) and reading.by_class:
             assert labels is not None, "sums by class need labels"
-            found[reading] = {int(c): (labels == c).float() for c in torch.unique(labels)}
+            there = sent(labels, device)
+            found[reading] = {c: (there == c).float() for c in labels.unique().tolist()}
         elif isinstance(reading, GradientSums):
             found[reading] = {None: None}
     return found

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from gradscale.errors import GradscaleError, OutOfMemory
 from gradscale.grads.coverage import Site, select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
+from gradscale.grads.waiting import Doubts, sent
 from gradscale.measures.measure import MicroBatch, Statistic
 from gradscale.sketches import Sketch
 from gradscale.task import Batch, Examples, Task
@@ -114,6 +115,7 @@ def read_batch(
     labels: Tensor | None = None,
     exclude: Tensor | None = None,
     totals: Totals | None = None,
+    doubts: Doubts | None = None,
 ) -> Readings:
     """The readings of one batch, which is on the subject's device; see `read_gradients`."""
 
@@ -130,6 +132,7 @@ def read_batch(
         labels,
         exclude,
         totals,
+        doubts,
     )
 
 
@@ -138,13 +141,22 @@ def load_batch(subject: Subject, ids: range) -> Batch:
 
     Raises: GradscaleError if the batch does not have one row for each of them.
     """
-    batch = {name: tensor.to(subject.device) for name, tensor in subject.examples.batch(ids).items()}
+    return _sent(subject, _fetched(subject, ids))
+
+
+def _fetched(subject: Subject, ids: range) -> Batch:
+    """The examples `ids` where `subject.examples` has them: on the host."""
+    batch = subject.examples.batch(ids)
     wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.shape[:1] != (len(ids),)}
     if wrong or not batch:
         raise GradscaleError(
             f"examples.batch must return tensors with {len(ids)} rows for {ids}, got {wrong or 'none'}"
         )
     return batch
+
+
+def _sent(subject: Subject, batch: Batch) -> Batch:
+    return {name: sent(tensor, subject.device) for name, tensor in batch.items()}
 
 
 def batch_size(batch: Batch) -> int:
@@ -174,24 +186,34 @@ def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> froze
 def _read_range(
     subject: Subject, ids: range, microbatch: int, needs: frozenset[Reading]
 ) -> tuple[Readings, Tensor | None]:
-    """The readings and labels of all examples `ids`. If some are not finite, they are left out in a second pass."""
+    """The readings and labels of all examples `ids`. If some are not finite, they are left out in a second pass.
+
+    The device is waited for where its first batch decides something, and at the end. If it turns out there that a
+    later batch should not have relied on the first, the pass is made again with every check at once: it raises, or
+    decides anew at every call.
+    """
     exclude = torch.zeros(len(ids), dtype=torch.bool, device=subject.device)
-    found = False
+    found = doubted = False
     while True:
+        doubts = None if doubted else Doubts()
         totals: Totals = {}
         parts: list[Readings] = []
         labels: list[Tensor] = []
         for start in range(0, len(ids), microbatch):
             part = slice(start, min(start + microbatch, len(ids)))
             with explaining_memory(microbatch):
-                batch = load_batch(subject, ids[part])
-                classes = labels_of(subject.task, batch)
+                on_host = _fetched(subject, ids[part])
+                classes = labels_of(subject.task, on_host)
                 labels += [classes] if classes is not None else []
-                parts.append(read_batch(subject, batch, needs, classes, exclude[part] if found else None, totals))
+                left_out = exclude[part] if found else None
+                parts.append(read_batch(subject, _sent(subject, on_host), needs, classes, left_out, totals, doubts))
+        if doubts is not None and doubts.justified():
+            doubted = True
+            continue
         readings = _joined(parts)
         spoilt = ~readings.finite & ~exclude
         if not spoilt.any():
-            return readings, torch.cat(labels) if labels else None
+            return readings, torch.cat(labels).to(subject.device) if labels else None
         exclude, found = exclude | spoilt, True
 
 

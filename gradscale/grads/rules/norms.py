@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from gradscale.grads.call import Call, batched_input
 from gradscale.grads.generic import generic
 from gradscale.grads.layer import DenseGrads, LayerGrads, wide_dtype, widen
+from gradscale.grads.waiting import once
 
 
 def layer_norm(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
@@ -57,7 +58,8 @@ def instance_norm(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
 def rms_norm(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
     """x / sqrt(mean(x^2) + eps) times (weight + a constant): torch's, and whatever a model calls its own.
 
-    That a class computes just this is tried out on rows of known content at every call; if not, `generic`.
+    That a class computes just this is tried out on rows of known content, once where the call has doubts, for the
+    data do not matter; if not, `generic`.
     """
     weight = call.module.get_parameter("weight")
     source = batched_input(call)
@@ -65,10 +67,15 @@ def rms_norm(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
     inputs = [*call.args, *call.kwargs.values()]
     if eps is None or len(inputs) != 1 or source.shape[source.dim() - weight.dim() :] != weight.shape:
         return generic(call, wanted)
-    for kind in dict.fromkeys((wide_dtype(source.dtype), torch.float32)):  # many normalize float64 in float32
-        if _is_rms_norm(call.module, source, weight, eps, kind):
-            return _over_positions(call, wanted, _over_rms(source.to(kind), weight.dim(), eps), weight.dim())
-    return generic(call, wanted)
+
+    def tried() -> torch.dtype | None:
+        kinds = dict.fromkeys((wide_dtype(source.dtype), torch.float32))  # many normalize float64 in float32
+        return next((kind for kind in kinds if _is_rms_norm(call.module, source, weight, eps, kind)), None)
+
+    kind = once((rms_norm, call.module, source.dtype, weight.dtype), tried, call.doubts)
+    if kind is None:
+        return generic(call, wanted)
+    return _over_positions(call, wanted, _over_rms(source.to(kind), weight.dim(), eps), weight.dim())
 
 
 def _over_rms(source: Tensor, dims: int, eps: float) -> Tensor:
