@@ -27,6 +27,7 @@ class Call(NamedTuple):
     outputs: list[Tensor]  # the floating-point outputs, in pytree order; NaN: not to be compared with anything
     grads: list[Tensor]  # of the outputs
     batch_size: int
+    autocast: torch.dtype | None = None  # what autocast made of the forward's matrices; None: it was off
 
 
 Rule = Callable[[Call, Sequence[str]], dict[str, LayerGrads]]  # of the wanted parameters, by the module's own names
@@ -49,6 +50,16 @@ def batch_dims(call: Call) -> list[int]:
     if isinstance(call.module, nn.RNNBase):
         return [first, 1, 1][: len(call.outputs)]  # the states are [layers, B, ...] always
     return [0] * len(call.outputs)
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The type to which autocast casts at present; None: it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
+def precision(device: torch.device, autocast: torch.dtype | None) -> torch.autocast:
+    """Autocast as given, off or on; it keeps no cast weights, so that gradients of several uses add up in theirs."""
+    return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
 
 
 def float_tensors(tree: Any) -> list[Tensor]:

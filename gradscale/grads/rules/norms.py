@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradscale.grads.call import Call, batched_input
+from gradscale.grads.call import Call, batched_input, precision
 from gradscale.grads.generic import generic
 from gradscale.grads.layer import DenseGrads, LayerGrads, wide_dtype, widen
 
@@ -66,7 +66,9 @@ def rms_norm(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
     if eps is None or len(inputs) != 1 or source.shape[source.dim() - weight.dim() :] != weight.shape:
         return generic(call, wanted)
     for kind in dict.fromkeys((wide_dtype(source.dtype), torch.float32)):  # many normalize float64 in float32
-        if _is_rms_norm(call.module, source, weight, eps, kind):
+        with precision(source.device, call.autocast):
+            holds = _is_rms_norm(call.module, source, weight, eps, kind)
+        if holds:
             return _over_positions(call, wanted, _over_rms(source.to(kind), weight.dim(), eps), weight.dim())
     return generic(call, wanted)
 
