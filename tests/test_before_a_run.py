@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import ModelAtHand
 from torch import Tensor, nn
 
 import gradscale as gs
@@ -79,6 +80,27 @@ def test_padding_that_is_attended_to_is_found() -> None:
     compared = compare_alone(prepare(Padded(attend_to_padding=True), None, None), range(6))
     assert [one.example_id for one in compared if not one.agrees] == [1, 2, 4, 5]  # the shorter ones
     assert all(one.difference > 100 * one.allowed for one in compared if not one.agrees)
+
+
+class Watchful(nn.Module):
+    """Gives something else while its parameters do not require grad."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) + (0.0 if self.inner.weight.requires_grad else 0.5)
+
+
+def test_a_model_that_notices_that_it_is_measured_is_found() -> None:
+    def losses(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        return model(batch["x"])[:, 0]
+
+    task = ModelAtHand(Watchful(), {"x": torch.randn(4, 3), "label": torch.zeros(4).long()}, losses)
+    message = r"the losses must be those of the model as it is, got .* with gradscale's hooks on it and"
+    with pytest.raises(gs.GradscaleError, match=message):
+        check_subject(prepare(task, None, None))
 
 
 def test_check_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ class Call(NamedTuple):
     batch_size: int
     unreached: frozenset[int] = frozenset()  # the outputs that have no gradient; `grads` holds zeros for them
     doubts: Doubts | None = None  # None: whatever is in doubt is settled at once
+    autocast: torch.dtype | None = None  # what autocast made of the forward's matrices; None: it was off
 
 
 Rule = Callable[[Call, Sequence[str]], dict[str, LayerGrads]]  # of the wanted parameters, by the module's own names
@@ -52,6 +54,19 @@ def batch_dims(call: Call) -> list[int]:
     if isinstance(call.module, nn.RNNBase):
         return [first, 1, 1][: len(call.outputs)]  # the states are [layers, B, ...] always
     return [0] * len(call.outputs)
+
+
+def autocast_of(device: torch.device) -> torch.dtype | None:
+    """The type to which autocast casts at present; None: it is off."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else None
+
+
+def precision(device: torch.device, autocast: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Autocast as given, off or on; it keeps no cast weights, so that gradients of several uses add up in theirs."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, dtype=autocast, enabled=autocast is not None, cache_enabled=False)
 
 
 def float_tensors(tree: Any) -> list[Tensor]:

@@ -28,7 +28,18 @@ from torch.autograd.graph import register_multi_grad_hook
 from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.call import Call, Rule, batch_dims, by_example, cleared, without, without_caches
+from gradscale.grads.broadcast import Broadcast, settled
+from gradscale.grads.call import (
+    Call,
+    Rule,
+    autocast_of,
+    batch_dims,
+    by_example,
+    cleared,
+    precision,
+    without,
+    without_caches,
+)
 from gradscale.grads.coverage import Site
 from gradscale.grads.experts import flattens_tokens, fused_experts, shares_position_bias
 from gradscale.grads.generic import no_gradient
@@ -94,8 +105,9 @@ def _backward(values: Tensor, tape: _Tape) -> Tensor:
             "compute them without torch.no_grad() and without .detach()"
         )
     tape.forward_is_over()
-    values.sum().backward()  # not autograd.grad, which use_reentrant=True refuses
-    tape.finish()
+    with precision(values.device, None):  # what the readings add up, autocast must not round
+        values.sum().backward()  # not autograd.grad, which use_reentrant=True refuses
+        tape.finish()
     return values.detach()
 
 
@@ -154,6 +166,8 @@ class _Tape:
         def after_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
             if self._muted:
                 return None
+            if site.rule is embedding and self._may_be_positions(args, kwargs):
+                return self._broadcast(site, module, (args, kwargs), output)
             leaves, structure = pytree.tree_flatten(output)
             floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             for i in floats:
@@ -167,7 +181,8 @@ class _Tape:
                     for i in floats:
                         leaves[i] = leaves[i].view_as(leaves[i])
                 positions = None if block is None else self._positions[block]
-                self._expect(site, module, without_caches(args, kwargs), [leaves[i] for i in floats], positions)
+                arranged = None if positions is None else partial(by_example, positions=positions)
+                self._expect(site, module, without_caches(args, kwargs), [leaves[i] for i in floats], arranged)
             else:  # runs again with a gradient if it is checkpointed with use_reentrant=True
                 self.ran_without_grad = True
             return pytree.tree_unflatten(leaves, structure)
@@ -184,6 +199,22 @@ class _Tape:
             return output
         return output.expand(self.batch_size, *output.shape[1:])
 
+    def _may_be_positions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether an embedding's ids may be [T], those of positions; labels [B] may if they count up."""
+        (ids,) = (*args, *kwargs.values())
+        return ids.dim() == 1 and (len(ids) != self.batch_size or bool((ids.diff() == 1).all()))
+
+    def _broadcast(self, site: Site, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """The output [T, E], with a copy for each example."""
+        if self._in_forward:
+            self._pending.update(site.parameters.values())
+        if not torch.is_grad_enabled():
+            self.ran_without_grad = True
+            return output
+        copies, own = self._rooted(output.expand(self.batch_size, *output.shape)), self._rooted(output)
+        self._expect(site, module, inputs, [copies, own], settled)
+        return own if self.batch_size == 1 else Broadcast.of(own, copies)
+
     def _rooted(self, output: Tensor) -> Tensor:
         """The graph starts at the first outputs that depend on a parameter."""
         if output.requires_grad:
@@ -192,11 +223,19 @@ class _Tape:
         root.register_post_accumulate_grad_hook(_forget)
         return root.clone()  # not a leaf: the model may go on to change it in place
 
-    def _expect(self, site: Site, module: nn.Module, inputs: Any, outputs: list[Tensor], positions: int | None) -> None:
+    def _expect(
+        self,
+        site: Site,
+        module: nn.Module,
+        inputs: Any,
+        outputs: list[Tensor],
+        arranged: Callable[[Call], Call] | None,
+    ) -> None:
         kept = [Saved(inputs, self._anchor)]
         if site.rule not in _BLIND:
             kept.append(Saved(outputs, self._anchor))
         makers = [(output.shape, output.dtype, output.device) for output in outputs]
+        autocast = autocast_of(outputs[0].device) if outputs else None
 
         def after_backward(grads: Sequence[Tensor | None]) -> None:
             saved_inputs, *saved_outputs = [saved.take() for saved in kept]
@@ -215,8 +254,9 @@ class _Tape:
             before = next((saved for saved in saved_outputs if saved is not None), gone)
             args, kwargs = saved_inputs
             unreached = frozenset(i for i, grad in enumerate(grads) if grad is None)
-            call = Call(site.name, module, args, kwargs, before, filled, self.batch_size, unreached, self._doubts)
-            self._take(site, call if positions is None else by_example(call, positions))
+            seen = (args, kwargs, before, filled, self.batch_size)
+            call = Call(site.name, module, *seen, unreached, self._doubts, autocast)
+            self._take(site, call if arranged is None else arranged(call))
 
         if len(outputs) == 1:
             outputs[0].register_hook(lambda grad: after_backward([grad]))

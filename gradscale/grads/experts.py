@@ -58,9 +58,10 @@ def fused_experts(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
 
     The forward is computed again; a token's gradient reaches an expert's output times the routing weight.
     """
-    gate_up, down = (call.module.get_parameter(name).detach() for name in ("gate_up_proj", "down_proj"))
     given = dict(zip(_ARGUMENTS, call.args, strict=False)) | dict(call.kwargs)
     hidden, index, weights = (given[name].reshape(-1, given[name].shape[-1]) for name in _ARGUMENTS)
+    matrices = (call.module.get_parameter(name).detach() for name in ("gate_up_proj", "down_proj"))
+    gate_up, down = (matrix.to(hidden.dtype) for matrix in matrices)  # another dtype is autocast's
     token, weight, bounds = _assignments(call.batch_size, len(gate_up), index, weights)
     source = hidden[token]
     output_grad = (call.grads[0].reshape(hidden.shape)[token] * weight[:, None]).to(hidden.dtype)

@@ -2,7 +2,8 @@
 
 Exact, and checked: an example alone must give the output that it gave within its batch. torch.func.vmap runs
 all examples at once, in groups whose gradients take a bounded space; where it cannot trace the module, a loop
-takes one example after another.
+takes one example after another. A module in half precision runs in float32 if it can, so that whatever it sums over
+its positions is summed in float32; under autocast it runs as it ran.
 
 Shapes: B examples, n rows of one example in a batch dimension (1 but for the masks of attention heads), P entries.
 """
@@ -10,7 +11,7 @@ Shapes: B examples, n rows of one example in a batch dimension (1 but for the ma
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -19,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.call import Call, float_tensors
-from gradscale.grads.layer import DenseGrads, LayerGrads
+from gradscale.grads.call import Call, float_tensors, precision
+from gradscale.grads.layer import DenseGrads, LayerGrads, widen
 from gradscale.grads.waiting import refuse
 
 _ALIVE_ENTRIES = 1 << 24  # of the gradients that vmap works on at a time
@@ -73,18 +74,46 @@ def per_example(
 
     A batch dimension may have n B entries, n for each example in turn.
     """
+    if call.autocast is None and any(widen(output) is not output for output in call.outputs):
+        try:
+            return _per_example(_widened(call), wanted, input_dims, output_dims, widen)
+        except Exception:  # of a module that insists on its dtype; an error of another kind comes again below
+            pass
+    return _per_example(call, wanted, input_dims, output_dims, _as_it_is)
+
+
+def _widened(call: Call) -> Call:
+    args, kwargs = pytree.tree_map_only(Tensor, widen, (call.args, dict(call.kwargs)))
+    return call._replace(args=args, kwargs=kwargs, grads=[widen(grad) for grad in call.grads])
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _per_example(
+    call: Call,
+    wanted: Sequence[str],
+    input_dims: Sequence[int | None],
+    output_dims: Sequence[int],
+    cast: Callable[[Tensor], Tensor],
+) -> dict[str, LayerGrads]:
+    """`cast` is done to the module's own tensors."""
+    parameters = {name: cast(call.module.get_parameter(name).detach()) for name in wanted}
     used = [i for i in range(len(call.grads)) if i not in call.unreached]  # a recurrent net's last state is often not
     if not used:
         return no_gradient(call, wanted)
-    parameters = {name: call.module.get_parameter(name).detach() for name in wanted}
-    run = _Run.of(call, input_dims, used)
+    run = _Run.of(call, input_dims, used, cast)
     grads = [_split(call.grads[i], output_dims[i], call.batch_size) for i in used]
     grads = [grad.movedim(output_dims[i], 0) for i, grad in zip(used, grads, strict=True)]
-    with torch.enable_grad(), _restored(call.module):
+    with torch.enable_grad(), _restored(call.module), precision(call.outputs[0].device, call.autocast):
         found, outputs = _vmapped_or_looped(run, parameters, grads)
+    dtypes = {tensor.dtype for tensor in (*parameters.values(), *call.outputs)} | {call.autocast or torch.float64}
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     for i, output in zip(used, outputs, strict=True):
         together = _split(call.outputs[i], output_dims[i], call.batch_size).movedim(output_dims[i], 0)
-        _check_same(call, output.detach().reshape(together.shape), together, matters=call.grads[i].any())
+        matters = call.grads[i].any()
+        _check_same(call, output.detach().reshape(together.shape), together, eps, matters)
     return {name: DenseGrads(grad.reshape(call.batch_size, -1).detach()) for name, grad in found.items()}
 
 
@@ -102,11 +131,12 @@ class _Run(NamedTuple):
     structure: pytree.TreeSpec
     dims: Sequence[int | None]
     used: list[int]  # outputs
+    cast: Callable[[Tensor], Tensor]  # done to the module's own tensors
 
     @classmethod
-    def of(cls, call: Call, dims: Sequence[int | None], used: list[int]) -> _Run:
+    def of(cls, call: Call, dims: Sequence[int | None], used: list[int], cast: Callable[[Tensor], Tensor]) -> _Run:
         leaves, structure = pytree.tree_flatten((call.args, dict(call.kwargs)))
-        return cls(call, leaves, structure, dims, used)
+        return cls(call, leaves, structure, dims, used, cast)
 
     @property
     def batched(self) -> list[Tensor]:
@@ -147,10 +177,10 @@ def _vmapped_or_looped(run: _Run, parameters: dict[str, Tensor], grads: list[Ten
 
 
 def _vmapped(run: _Run, parameters: dict[str, Tensor], grads: list[Tensor]) -> Found:
-    buffers = _buffers(run.call.module)
+    others = _others(run, parameters)
 
     def alone(batched: list[Tensor], grads: list[Tensor]) -> Found:
-        outputs, pullback, *_ = torch.func.vjp(lambda p: run.outputs({**buffers, **p}, batched), parameters)
+        outputs, pullback, *_ = torch.func.vjp(lambda p: run.outputs({**others, **p}, batched), parameters)
         run.check_shapes(outputs, grads)
         return pullback([g.reshape(o.shape) for g, o in zip(grads, outputs, strict=True)])[0], outputs
 
@@ -163,13 +193,13 @@ def _vmapped(run: _Run, parameters: dict[str, Tensor], grads: list[Tensor]) -> F
 
 
 def _looped(run: _Run, parameters: dict[str, Tensor], grads: list[Tensor]) -> Found:
-    buffers, batched = _buffers(run.call.module), run.batched
+    others, batched = _others(run, parameters), run.batched
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     rows: dict[str, list[Tensor]] = {name: [] for name in parameters}
     columns: list[list[Tensor]] = [[] for _ in grads]
     for b in range(run.call.batch_size):
         one = [tensor.select(dim, b) for tensor, dim in zip(batched, run.batched_dims, strict=True)]
-        outputs = run.outputs({**buffers, **leaves}, one)
+        outputs = run.outputs({**others, **leaves}, one)
         upstream = [grad[b] for grad in grads]
         run.check_shapes(outputs, upstream)
         pairs = [(o, g.reshape(o.shape)) for o, g in zip(outputs, upstream, strict=True) if o.requires_grad]
@@ -193,9 +223,13 @@ def _split(tensor: Tensor, dim: int, batch_size: int) -> Tensor:
     return split
 
 
-def _buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Copies, so that a module that counts its calls does not count these."""
-    return {name: buffer.clone() for name, buffer in module.named_buffers()}
+def _others(run: _Run, wanted: Collection[str]) -> dict[str, Tensor]:
+    """Copies of the buffers, so that a module that counts its calls does not count these; and what `cast` changes."""
+    module = run.call.module
+    buffers = {name: run.cast(buffer.clone()) for name, buffer in module.named_buffers()}
+    rest = [(name, p.detach()) for name, p in module.named_parameters(remove_duplicate=False) if name not in wanted]
+    pairs = [(name, p, run.cast(p)) for name, p in rest]
+    return buffers | {name: other for name, p, other in pairs if other is not p}
 
 
 @contextmanager
@@ -212,13 +246,13 @@ def _restored(module: nn.Module) -> Iterator[None]:
             buffers.update(saved_buffers)
 
 
-def _check_same(call: Call, alone: Tensor, together: Tensor, matters: Tensor) -> None:
-    """To rounding, against the largest entry; what is not finite within the batch is not compared."""
+def _check_same(call: Call, alone: Tensor, together: Tensor, eps: float, matters: Tensor) -> None:
+    """To rounding by `eps`, against the largest entry; what is not finite within the batch is not compared."""
     if not together.numel():
         return
     finite = together.isfinite()
     scale = together.where(finite, 0).abs().amax()
-    tolerance = min(1e3 * torch.finfo(together.dtype).eps, 0.25) * scale.double()
+    tolerance = min(1e3 * eps, 0.25) * scale.double()
     largest = (alone - together).abs().where(finite, 0).amax().double()
 
     def error() -> GradscaleError:

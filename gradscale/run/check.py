@@ -1,7 +1,7 @@
 """The check before a run: are the per-example gradients that the hooks see those that autograd knows?
 
-Two comparisons on a few examples catch what no rule can see from inside: a parameter that is used behind
-its module's back, and examples that influence one another.
+Three comparisons on a few examples catch what no rule can see from inside: a model that computes something else
+under hooks, a parameter that is used behind its module's back, and examples that influence one another.
 
 Shapes: B examples, L parameters.
 """
@@ -9,13 +9,15 @@ Shapes: B examples, L parameters.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.call import float_tensors
 from gradscale.grads.readings import GradientSums, Readings, SquaredNorms
 from gradscale.run.shard import Subject, batch_size, labels_of, load_batch, read_batch
 from gradscale.task import Batch
@@ -32,8 +34,9 @@ _MIXING = (
 def check_subject(subject: Subject, microbatch: int = _EXAMPLES) -> None:
     """Compare with autograd on the first few examples, at most `microbatch`, whose losses and gradients are finite.
 
-    (i) The sum of the per-example gradients is the gradient of the summed losses, for every parameter;
-    (ii) the first example has the same loss and gradient norms alone as beside the others.
+    (i) The losses are those of the model without hooks; (ii) the sum of the per-example gradients is the gradient of
+    the summed losses, for every parameter; (iii) the first example has the same loss and gradient norms alone as
+    beside the others.
     Raises: GradscaleError naming the parameters that differ.
     """
     total, size = len(subject.examples), min(_EXAMPLES, microbatch)
@@ -43,18 +46,30 @@ def check_subject(subject: Subject, microbatch: int = _EXAMPLES) -> None:
         labels_of(subject.task, batch)
         readings = read_batch(subject, batch, frozenset({SquaredNorms(), GradientSums()}))
         if readings.finite.all():
-            _check_sums(subject, batch, readings.sums[GradientSums()][None])
-            _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings)
+            plain = autograd(subject, batch)
+            _check_losses(readings.losses, plain)
+            _check_sums(readings.sums[GradientSums()][None], plain)
+            _check_alone(subject, load_batch(subject, range(ids.start, ids.start + 1)), readings, plain.eps)
             return
     _LOG.warning("the first examples all have a non-finite loss or gradient: the gradients were not held to autograd")
 
 
-def autograd_sums(subject: Subject, batch: Batch) -> dict[str, Tensor]:
-    """[P] float64 for every parameter: the gradient of the summed losses, by one plain backward pass."""
+class Plain(NamedTuple):
+    """What the model gives without hooks of gradscale's."""
+
+    losses: Tensor  # [B] float64
+    sums: dict[str, Tensor]  # of every parameter, [P] float64: the gradient of the summed losses
+    eps: float  # of the coarsest dtype that a parameter or an output of a module has
+
+
+def autograd(subject: Subject, batch: Batch) -> Plain:
+    """By one plain backward pass."""
     kept = {parameter: parameter.grad for parameter in subject.model.parameters()}
     subject.model.zero_grad(set_to_none=True)
-    with torch.enable_grad():  # .backward, since a checkpoint with use_reentrant=True refuses torch.autograd.grad
-        subject.task.losses(subject.model, batch).sum().backward()
+    dtypes = {parameter.dtype for parameter in subject.parameters.values()}
+    with torch.enable_grad(), _noted(subject.model, dtypes):
+        losses = subject.task.losses(subject.model, batch)
+        losses.sum().backward()  # a checkpoint with use_reentrant=True refuses torch.autograd.grad
     found = {
         name: (torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense())
         .reshape(-1)
@@ -63,16 +78,41 @@ def autograd_sums(subject: Subject, batch: Batch) -> dict[str, Tensor]:
     }
     for parameter, grad in kept.items():
         parameter.grad = grad
-    return found
+    return Plain(losses.detach().double(), found, max(torch.finfo(dtype).eps for dtype in dtypes))
 
 
-def _check_sums(subject: Subject, batch: Batch, sums: Mapping[str, Tensor]) -> None:
-    exact = autograd_sums(subject, batch)
+@contextmanager
+def _noted(model: nn.Module, dtypes: set[torch.dtype]) -> Iterator[None]:
+    """Adds the floating-point types of every module's outputs to `dtypes`: under autocast, others than the weights'."""
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        dtypes.update(tensor.dtype for tensor in float_tensors(output))
+
+    handles = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_losses(losses: Tensor, plain: Plain) -> None:
+    for row, (loss, expected) in enumerate(zip(losses.tolist(), plain.losses.tolist(), strict=True)):
+        if not abs(loss - expected) <= _tolerance(plain.eps, abs(expected), 1.0):
+            raise GradscaleError(
+                f"the losses must be those of the model as it is, got {loss:.6g} with gradscale's hooks on it and "
+                f"{expected:.6g} without, for example {row} of the batch; make the model depend on neither chance, nor "
+                "forward hooks, nor whether its parameters require grad"
+            )
+
+
+def _check_sums(sums: Mapping[str, Tensor], plain: Plain) -> None:
+    exact = plain.sums
     scale = float(torch.stack([grad.norm() for grad in exact.values()]).norm())
     wrong = [
         name
         for name, grad in exact.items()
-        if not float((sums[name].double() - grad).norm()) <= _tolerance(subject, float(grad.norm()), scale)
+        if not float((sums[name].double() - grad).norm()) <= _tolerance(plain.eps, float(grad.norm()), scale)
     ]
     if wrong:
         raise GradscaleError(
@@ -82,7 +122,7 @@ def _check_sums(subject: Subject, batch: Batch, sums: Mapping[str, Tensor]) -> N
         )
 
 
-def _check_alone(subject: Subject, single: Batch, beside: Readings) -> None:
+def _check_alone(subject: Subject, single: Batch, beside: Readings, eps: float) -> None:
     alone = read_batch(subject, single, frozenset({SquaredNorms()}))
     assert batch_size(single) == 1
     sq_norms = beside.sq_norms[0]
@@ -90,7 +130,7 @@ def _check_alone(subject: Subject, single: Batch, beside: Readings) -> None:
     wrong = [
         name
         for name, a, b in zip(subject.parameters, alone.sq_norms[0].sqrt().tolist(), together.tolist(), strict=True)
-        if not abs(a - b) <= _tolerance(subject, b, scale)
+        if not abs(a - b) <= _tolerance(eps, b, scale)
     ]
     if wrong:
         raise GradscaleError(
@@ -98,17 +138,16 @@ def _check_alone(subject: Subject, single: Batch, beside: Readings) -> None:
             f"{_MIXING}"
         )
     loss, expected = float(alone.losses[0]), float(beside.losses[0])
-    if not abs(loss - expected) <= _tolerance(subject, abs(expected), 1.0):
+    if not abs(loss - expected) <= _tolerance(eps, abs(expected), 1.0):
         raise GradscaleError(
             f"an example must have the same loss alone as within a batch, got {loss:.6g} alone and {expected:.6g} "
             f"within: {_MIXING}"
         )
 
 
-def _tolerance(subject: Subject, size: float, scale: float) -> float:
-    """What rounding may do to a vector of norm `size` in a gradient of norm `scale`."""
-    eps = max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values())
-    return float(4 * eps**0.5 * size + 100 * eps * scale)
+def _tolerance(eps: float, size: float, scale: float) -> float:
+    """What rounding may do to a vector of norm `size` in a gradient of norm `scale`: a quarter of it at the most."""
+    return float(min(4 * eps**0.5, 0.25) * size + min(100 * eps, 0.1) * scale)
 
 
 class Comparison(NamedTuple):
@@ -137,13 +176,13 @@ def _compare(subject: Subject, batch: Batch, ids: range, row: int) -> Comparison
     others = torch.ones(len(ids), dtype=torch.bool, device=subject.device)
     others[row] = False
     together = read_batch(subject, batch, frozenset({GradientSums()}), exclude=others).sums[GradientSums()][None]
-    alone = autograd_sums(subject, load_batch(subject, ids[row : row + 1]))
-    errors = {name: float((together[name].double() - alone[name]).norm()) for name in subject.parameters}
-    scale = float(torch.stack([g.norm() for g in alone.values()]).norm())
+    alone = autograd(subject, load_batch(subject, ids[row : row + 1]))
+    errors = {name: float((together[name].double() - alone.sums[name]).norm()) for name in subject.parameters}
+    scale = float(torch.stack([g.norm() for g in alone.sums.values()]).norm())
     difference = sum(error**2 for error in errors.values()) ** 0.5
     return Comparison(
         ids[row],
         difference / scale if scale else difference,
-        _tolerance(subject, scale, scale) / scale if scale else 0.0,
+        _tolerance(alone.eps, scale, scale) / scale if scale else 0.0,
         max(errors, key=errors.__getitem__),
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradscale.grads.call import Call, batched_input
+from gradscale.grads.call import Call, batched_input, precision
 from gradscale.grads.generic import generic
 from gradscale.grads.layer import DenseGrads, LayerGrads, wide_dtype, widen
 from gradscale.grads.waiting import once
@@ -70,9 +70,10 @@ def rms_norm(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:
 
     def tried() -> torch.dtype | None:
         kinds = dict.fromkeys((wide_dtype(source.dtype), torch.float32))  # many normalize float64 in float32
-        return next((kind for kind in kinds if _is_rms_norm(call.module, source, weight, eps, kind)), None)
+        with precision(source.device, call.autocast):
+            return next((kind for kind in kinds if _is_rms_norm(call.module, source, weight, eps, kind)), None)
 
-    kind = once((rms_norm, call.module, source.dtype, weight.dtype), tried, call.doubts)
+    kind = once((rms_norm, call.module, source.dtype, weight.dtype, call.autocast), tried, call.doubts)
     if kind is None:
         return generic(call, wanted)
     return _over_positions(call, wanted, _over_rms(source.to(kind), weight.dim(), eps), weight.dim())
