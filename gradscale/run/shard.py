@@ -101,7 +101,7 @@ def run_shard(
 
     Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`.
     """
-    readings, labels = _read_range(subject, ids, microbatch, _needs(statistics, sketch))
+    readings, labels = _read_range(subject, ids, microbatch, needs_of(statistics, sketch))
     batch = _finite_part(subject, ids, readings, labels, block)
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
@@ -166,7 +166,8 @@ def labels_of(task: Task, batch: Batch) -> Tensor | None:
     return labels.long()
 
 
-def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> frozenset[Reading]:
+def needs_of(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> frozenset[Reading]:
+    """What is read from every microbatch."""
     asked: frozenset[Reading] = frozenset({SquaredNorms()}).union(*(statistic.needs for statistic in statistics))
     return asked | {Projected(sketch)} if sketch is not None else asked
 
@@ -174,7 +175,7 @@ def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> froze
 def _read_range(
     subject: Subject, ids: range, microbatch: int, needs: frozenset[Reading]
 ) -> tuple[Readings, Tensor | None]:
-    """The readings and labels of all examples `ids`. If some are not finite, they are left out in a second pass."""
+    """The readings and labels of all examples `ids`. If some are not finite, all are read anew without them."""
     exclude = torch.zeros(len(ids), dtype=torch.bool, device=subject.device)
     found = False
     while True:
