@@ -1,7 +1,8 @@
-"""What may be read from per-example gradients while they exist, and the pass that reads it.
+"""What may be read from per-example gradients while they exist, and the passes that read it.
 
 A reading is a frozen setting. A measure names the readings that it needs; one forward and backward pass
-takes the union of them, parameter by parameter.
+takes the union of them, parameter by parameter. Sums of unit gradients alone need another pass, since a
+gradient's norm is known only when the first is over.
 
 Shapes: B examples, L parameters, P entries of one parameter, K outputs of a linear map.
 """
@@ -51,9 +52,15 @@ class SquaredNorms:
 
 @dataclass(frozen=True)
 class GradientSums:
-    """The sum of the examples' gradients, per parameter: [P]; by class where asked for."""
+    """The sum of the examples' gradients, per parameter: [P]; by class where asked for.
+
+    With `unit`, of their directions g_b / |g_b|, where |g_b| is the norm over all measured parameters. Examples of
+    zero gradient have none and add nothing; `has_direction` tells which have one. Cost of `unit`: one forward and
+    backward pass more, in which nothing else is read, however many such sums are asked for.
+    """
 
     by_class: bool = False
+    unit: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,12 @@ class Projected:
 
 Reading = SquaredNorms | GradientSums | Projected
 Sums = Mapping[int | None, Mapping[str, Tensor]]  # class (None: all) -> parameter -> [P]
-
-
 Totals = dict[GradientSums, dict[int | None, dict[str, Tensor]]]
+Weights = dict[GradientSums, dict[int | None, Tensor | None]]  # [B] of each sum; None: one each
 
 
 class Readings(NamedTuple):
-    """What one pass over B examples has read. Non-finite examples have finite=False and no part in the sums."""
+    """What has been read from B examples. Non-finite examples have finite=False and no part in the sums."""
 
     losses: Tensor  # [B] float64
     finite: Tensor  # [B] bool
@@ -92,40 +98,72 @@ def read_gradients(
     totals: Totals | None = None,
     doubts: Doubts | None = None,
 ) -> Readings:
-    """Take `readings` of the B gradients in one forward and backward pass.
+    """Take `readings` of the B gradients in one forward and backward pass, or in two: see `passes`.
 
     An example counts as finite if its loss and the squared norm of its gradient are. Examples flagged in `exclude`
     [B] are read as zero and not finite. Sums are added to `totals`, which may hold those of other examples; if an
     example that was not excluded turns out not to be finite, they are spoilt, and the caller begins anew; likewise if
     the `doubts` turn out justified. With `doubts`, and `labels` that are on the host, nothing waits for the device but
-    what a module's first call has to decide.
+    what a module's first call has to decide. `losses` must give the same in both passes.
     Raises: GradscaleError as `capture`.
     """
-    reader = _Reader(parameters, batch_size, frozenset(readings), labels, {} if totals is None else totals)
+    asked, totals = frozenset(readings), {} if totals is None else totals
+    device = next(iter(parameters.values())).device
+    classes = _members(asked, labels, device)
+    reader = _Reader(parameters, batch_size, asked, _Sums(parameters, _weights(asked, classes), totals))
     values = capture(model, sites, losses, batch_size, reader.read, exclude, doubts)
-    finite = values.isfinite() & reader.sq_norms.isfinite().all(dim=1)
+    finite = values.isfinite() & reader.sq_norms.sum(dim=1).isfinite()
     if exclude is not None:
         finite &= ~exclude
-    return Readings(values.double(), finite, reader.sq_norms, reader.totals, reader.projections)
+    if passes(asked) > 1:
+        sums = _Sums(parameters, _weights(asked, classes, _inverse_norms(reader.sq_norms, finite)), totals)
+        capture(model, sites, losses, batch_size, sums.read, exclude, doubts)
+    return Readings(values.double(), finite, reader.sq_norms, totals, reader.projections)
+
+
+def passes(readings: Iterable[Reading]) -> int:
+    """How many forward and backward passes it takes to read them: two with sums of unit gradients, else one."""
+    return 2 if any(isinstance(reading, GradientSums) and reading.unit for reading in readings) else 1
+
+
+def has_direction(sq_norms: Tensor) -> Tensor:
+    """[B]: which of the gradients with these squared norms [B, L] have a part in the sums of unit gradients.
+
+    Those of zero gradient have none, nor those whose squares are too small for the dtype that the gradients are in:
+    in float32, with entries below 1e-22.
+    """
+    return (sq_norms > 0).any(dim=1)
+
+
+class _Sums:
+    """Adds up weighted gradients of one parameter after another."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], weights: Weights, totals: Totals) -> None:
+        self._weights, self._totals = weights, totals
+        for reading, groups in weights.items():
+            for group in groups:
+                _fill(totals.setdefault(reading, {}).setdefault(group, {}), parameters)
+
+    def of(self, name: str, dtype: torch.dtype) -> tuple[tuple[Tensor | None, Tensor], ...]:
+        """The weights [B] and the total [P] of every sum, for a `Request`."""
+        return tuple(
+            (None if weights is None else _narrowed(weights, dtype), self._totals[reading][group][name])
+            for reading, groups in self._weights.items()
+            for group, weights in groups.items()
+        )
+
+    def read(self, name: str, grads: LayerGrads) -> None:
+        read(grads, Request(None, self.of(name, grads.dtype), ()))
 
 
 class _Reader:
-    """Takes the readings of one parameter after another."""
+    """Takes the readings of one parameter after another, `sums` among them."""
 
     def __init__(
-        self,
-        parameters: Mapping[str, nn.Parameter],
-        batch_size: int,
-        readings: frozenset[Reading],
-        labels: Tensor | None,
-        totals: Totals,
+        self, parameters: Mapping[str, nn.Parameter], batch_size: int, readings: frozenset[Reading], sums: _Sums
     ) -> None:
         device = next(iter(parameters.values())).device
-        self.totals = totals
-        self._weights = _weights(readings, labels, device)
-        for reading, groups in self._weights.items():
-            for group in groups:
-                _fill(totals.setdefault(reading, {}).setdefault(group, {}), parameters)
+        self._sums = sums
         self._norms = torch.zeros(len(parameters), batch_size, dtype=torch.float64, device=device)
         self._row = {name: j for j, name in enumerate(parameters)}
         self.projections = {
@@ -139,17 +177,12 @@ class _Reader:
         return self._norms.T
 
     def read(self, name: str, grads: LayerGrads) -> None:
-        sums = tuple(
-            (weights, self.totals[reading][group][name])
-            for reading, groups in self._weights.items()
-            for group, weights in groups.items()
-        )
         products = tuple(
             (partial(_rows, reading.map, name, grads.device), total)
             for reading, total in self.projections.items()
             if isinstance(reading.map, DenseMap)
         )
-        read(grads, Request(self._norms[self._row[name]], sums, products))
+        read(grads, Request(self._norms[self._row[name]], self._sums.of(name, grads.dtype), products))
         for reading, total in self.projections.items():
             if not isinstance(reading.map, DenseMap):
                 total += reading.map.apply(name, grads)
@@ -166,16 +199,37 @@ def _fill(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> No
             sums[name] = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
 
 
+def _members(readings: frozenset[Reading], labels: Tensor | None, device: torch.device) -> dict[int, Tensor]:
+    """Of every class, which examples [B] are in it; empty if no reading asks."""
+    if not any(isinstance(reading, GradientSums) and reading.by_class for reading in readings):
+        return {}
+    assert labels is not None, "sums by class need labels"
+    there = sent(labels, device)
+    return {c: there == c for c in labels.unique().tolist()}
+
+
 def _weights(
-    readings: frozenset[Reading], labels: Tensor | None, device: torch.device
-) -> dict[GradientSums, dict[int | None, Tensor | None]]:
-    """The weights [B] of every sum asked for: None for one each, or those that pick the examples of a class."""
-    found: dict[GradientSums, dict[int | None, Tensor | None]] = {}
-    for reading in readings:
-        if isinstance(reading, GradientSums) and reading.by_class:
-            assert labels is not None, "sums by class need labels"
-            there = sent(labels, device)
-            found[reading] = {c: (there == c).float() for c in labels.unique().tolist()}
-        elif isinstance(reading, GradientSums):
-            found[reading] = {None: None}
-    return found
+    readings: frozenset[Reading], members: Mapping[int, Tensor], inverse_norms: Tensor | None = None
+) -> Weights:
+    """The weights of the sums of unit gradients if `inverse_norms` [B] are given, of the other sums if not."""
+    unit = inverse_norms is not None
+    everyone: dict[int | None, Tensor | None] = {None: inverse_norms}
+    by_class: dict[int | None, Tensor | None] = {
+        c: member if inverse_norms is None else inverse_norms * member for c, member in members.items()
+    }
+    return {
+        reading: by_class if reading.by_class else everyone
+        for reading in readings
+        if isinstance(reading, GradientSums) and reading.unit == unit
+    }
+
+
+def _inverse_norms(sq_norms: Tensor, finite: Tensor) -> Tensor:
+    """[B] float64: 1 / |g_b|, and 0 for gradients that are not finite or have no direction."""
+    directed = finite & has_direction(sq_norms)
+    return sq_norms.clamp(min=0).sum(dim=1).rsqrt().where(directed, 0.0)  # a Gram matrix may round below zero
+
+
+def _narrowed(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """`weights` in the dtype of the tiles. Where 1 / |g| overflows it, the squares of g are zero in it: so is g."""
+    return weights.to(dtype).nan_to_num(posinf=0.0)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
-from gradscale.grads.readings import GradientSums, Projected, Reading
+from gradscale.grads.readings import GradientSums, Projected, Reading, has_direction
 
 S = TypeVar("S", bound=NamedTuple)
 
@@ -51,6 +51,11 @@ class MicroBatch(NamedTuple):
     sums: Mapping[GradientSums, Mapping[int | None, Mapping[str, Tensor]]]
     projections: Mapping[Projected, Tensor]
     block: int
+
+    @property
+    def directed(self) -> Tensor:
+        """[B] bool: the examples that have a part in sums of unit gradients; the others have zero gradients."""
+        return has_direction(self.sq_norms)
 
 
 @runtime_checkable

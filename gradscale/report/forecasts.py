@@ -30,6 +30,8 @@ def forecast_lines(cost: Forecast, workers: int, shard_size: int) -> Iterator[st
     ratio = cost.seconds / cost.plain_seconds
     yield f"  time    {_duration(cost.hours(workers) * 3600)} with {workers} workers"
     yield f"          of {1 / cost.seconds:,.0f} examples/s, {ratio:.2f} times a plain forward and backward pass"
+    if cost.passes > 1:
+        yield f"          in {cost.passes} such passes, the second for sums of unit gradients"
     yield f"  rows    {_bytes(cost.row_bytes * total)} before compression"
     if cost.sketch_bytes:
         yield f"  sketches {_bytes(cost.sketch_bytes * total)}"

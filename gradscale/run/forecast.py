@@ -6,11 +6,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
 from gradscale.errors import GradscaleError
+from gradscale.grads.readings import passes
 from gradscale.measures.measure import Statistic
-from gradscale.measures.moments import MomentsStatistic
 from gradscale.run.check import check_subject
-from gradscale.run.shard import Subject, load_batch, run_shard
+from gradscale.run.shard import ShardResult, Subject, load_batch, needs_of, run_shard
 from gradscale.sketches import Sketch
 
 
@@ -21,9 +24,10 @@ class Forecast(NamedTuple):
     steps: int
     plain_seconds: float  # an example, plain forward and backward pass
     seconds: float  # an example, measured
+    passes: int  # forward and backward, over every microbatch
     row_bytes: int  # an example and step, before compression
     sketch_bytes: int
-    state_bytes: int  # a shard, until its step is complete
+    state_bytes: int  # a shard, until its step is complete; by class, for the classes of one microbatch
 
     def hours(self, workers: int) -> float:
         """With `workers` workers as fast as this one, all of them busy."""
@@ -47,21 +51,20 @@ def forecast(
         subject.task.losses(subject.model, load_batch(subject, ids)).mean().backward()
         subject.model.zero_grad(set_to_none=True)
 
-    def measured() -> None:
-        run_shard(subject, ids, 0, microbatch, statistics, sketch)
+    def measured() -> ShardResult:
+        return run_shard(subject, ids, 0, microbatch, statistics, sketch)
 
-    for warm_up in (plain, measured):
-        warm_up()
-    entries = sum(parameter.numel() for parameter in subject.parameters.values())
-    sums = sum(isinstance(statistic, MomentsStatistic) for statistic in statistics)
+    plain()
+    states = measured().states  # both to warm up
     return Forecast(
         examples,
         steps,
         _seconds(plain) / len(ids),
         _seconds(measured) / len(ids),
+        passes(needs_of(statistics, sketch)),
         8 * (len(subject.parameters) + 6),
         4 * sketch.dim if sketch is not None else 0,
-        8 * entries * sums,
+        sum(leaf.nbytes for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor)),
     )
 
 

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 from gradscale.checkpoints import Checkpoint, resolve
 from gradscale.checkpoints import fingerprint as checkpoint_fingerprint
 from gradscale.errors import GradscaleError, ShardsFailed
+from gradscale.grads.readings import GradientSums
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.gaussian_width import GaussianWidth
-from gradscale.measures.measure import Measure
+from gradscale.measures.measure import Measure, statistic_of
 from gradscale.measures.settings import check_measures, json_values, plain_fields, settings_of
 from gradscale.run.cluster import Resources, ray_session
 from gradscale.run.plan import Plan, check_positive, differences
@@ -258,11 +259,15 @@ def _check_workers(workers: int, plan: Plan) -> None:
 
 
 def _check_labels(plan: Plan, job: Job) -> None:
-    asking = [measure.name for measure in job.measures if getattr(measure, "by_class", False)]
+    asking = [measure.name for measure in job.measures if _reads_labels(measure)]
     if asking and not plan.labels:
         raise GradscaleError(
             f"estimates by class need task.labels(batch), got a task without it for {', '.join(asking)}"
         )
+
+
+def _reads_labels(measure: Measure) -> bool:
+    return any(isinstance(reading, GradientSums) and reading.by_class for reading in statistic_of(measure).needs)
 
 
 def _resolve_task(task: Task | str, options: Mapping[str, Any]) -> tuple[str, Task]:

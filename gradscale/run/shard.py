@@ -102,7 +102,7 @@ def run_shard(
 
     Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`.
     """
-    readings, labels = _read_range(subject, ids, microbatch, _needs(statistics, sketch))
+    readings, labels = _read_range(subject, ids, microbatch, needs_of(statistics, sketch))
     batch = _finite_part(subject, ids, readings, labels, block)
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
@@ -178,7 +178,8 @@ def labels_of(task: Task, batch: Batch) -> Tensor | None:
     return labels.long()
 
 
-def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> frozenset[Reading]:
+def needs_of(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> frozenset[Reading]:
+    """What is read from every microbatch."""
     asked: frozenset[Reading] = frozenset({SquaredNorms()}).union(*(statistic.needs for statistic in statistics))
     return asked | {Projected(sketch)} if sketch is not None else asked
 
@@ -186,7 +187,7 @@ def _needs(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> froze
 def _read_range(
     subject: Subject, ids: range, microbatch: int, needs: frozenset[Reading]
 ) -> tuple[Readings, Tensor | None]:
-    """The readings and labels of all examples `ids`. If some are not finite, they are left out in a second pass.
+    """The readings and labels of all examples `ids`. If some are not finite, all are read anew without them.
 
     The device is waited for where its first batch decides something, and at the end. If it turns out there that a
     later batch should not have relied on the first, the pass is made again with every check at once: it raises, or
