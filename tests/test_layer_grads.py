@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from gradscale.grads import gram, sweep
 from gradscale.grads.call import Call
+from gradscale.grads.experts import ExpertGrads
 from gradscale.grads.generic import generic
 from gradscale.grads.layer import (
     DenseGrads,
@@ -96,7 +98,21 @@ def factored(draw: st.DrawFn) -> SharedGrads:
     return SharedGrads(tuple(uses[i] for i in chosen))
 
 
-anything = st.one_of(dense(), outer(), table(), grouped(), shared(), factored())
+@st.composite
+def experts(draw: st.DrawFn) -> ExpertGrads:
+    """Some experts have no token, and some examples none for an expert."""
+    E, B, R, C = (draw(sizes) for _ in range(4))
+    counts = draw(st.lists(st.sampled_from([0, 0, 1, 2, 3, 7]), min_size=E * B, max_size=E * B))
+    ends = [0, *accumulate(counts)]
+    dtype = draw(dtypes)
+    return ExpertGrads(
+        randn(draw(seeds), ends[-1], R).to(dtype),
+        randn(draw(seeds), ends[-1], C).to(dtype),
+        tuple(tuple(ends[e * B : (e + 1) * B + 1]) for e in range(E)),
+    )
+
+
+anything = st.one_of(dense(), outer(), table(), grouped(), shared(), factored(), experts())
 laws = settings(deadline=None, max_examples=60)
 
 
@@ -335,7 +351,7 @@ def materialized(grads: LayerGrads) -> Tensor:
     """[B, P] float64, computed from the factors at float64."""
     if isinstance(grads, SharedGrads):
         return torch.stack([materialized(use) for use in grads.uses]).sum(dim=0)
-    if isinstance(grads, OuterGrads | GroupedGrads):
+    if isinstance(grads, OuterGrads | GroupedGrads | ExpertGrads):
         return materialize(replace(grads, left=grads.left.double(), right=grads.right.double()))
     assert isinstance(grads, DenseGrads | EmbeddingGrads)
     return materialize(replace(grads, grads=grads.grads.double()))

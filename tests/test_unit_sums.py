@@ -124,16 +124,16 @@ def test_a_shard_with_examples_that_have_no_part(dtype: torch.dtype, microbatch:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_an_excluded_example_and_one_that_turns_out_not_to_be_finite(bad: float) -> None:
-    """The second pass knows which examples are not finite: sums of unit gradients are never spoilt."""
+    """An excluded example has no part; the other spoils the sums, and the caller begins anew without it."""
     task = CASES["attention"]()
     task.tensors["scale"][[0, 3]] = torch.tensor([bad, bad], dtype=torch.float64)
-    exclude = torch.arange(n) == 0
-    readings = read(task, BOTH_PASSES, exclude)
+    readings = read(task, BOTH_PASSES, torch.arange(n) == 0)
     assert readings.finite.tolist() == [b not in (0, 3) for b in range(n)]
+    assert not all(total.isfinite().all() for total in readings.sums[UNIT][None].values())
+    readings = read(task, BOTH_PASSES, ~readings.finite)
     near(readings.sums[UNIT][None], units(task), readings.finite, 1e-12)
     for c in range(3):
         near(readings.sums[BY_CLASS][c], units(task), readings.finite & (c == LABELS), 1e-12)
-    assert not all(total.isfinite().all() for total in readings.sums[SUMS][None].values())  # the caller begins anew
 
 
 def test_sums_are_added_to_the_totals_of_other_examples() -> None:

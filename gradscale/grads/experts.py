@@ -10,7 +10,7 @@ expert, H features of a token, I of an expert's inside, R and C rows and columns
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from gradscale.grads.call import Call, Rule
 from gradscale.grads.layer import LayerGrads, multiply, wide_dtype, widen
+
+_PAIRS_TILE = 1 << 19  # entries of padded assignments and their Gram matrices at a time: more cost page faults
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,11 @@ class ExpertGrads:
     @property
     def shape(self) -> tuple[int, int, int]:
         return len(self.bounds[0]) - 1, len(self.bounds) * self.left.shape[1], self.right.shape[1]
+
+    @property
+    def shape_of_one(self) -> tuple[int, int]:
+        """(R, C), of one expert."""
+        return self.left.shape[1], self.right.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -51,6 +58,50 @@ class ExpertGrads:
                 part = slice(bounds[b] - bounds[0], bounds[b + 1] - bounds[0])
                 into = out[b, None, start - rows.start : stop - rows.start]
                 multiply(left[part].mT[None], right[None, part], into, add=add)
+
+    @property
+    def counts(self) -> Tensor:
+        """[E, B]: how many assignments an expert and an example have; on the CPU."""
+        return torch.tensor(self.bounds).diff()
+
+
+def add_norms_of_pairs(grads: ExpertGrads, norms: Tensor) -> None:
+    """Add the squared norms [B]: <left_s, left_t> <right_s, right_t>, summed over pairs of the same expert and example.
+
+    Experts and examples with about as many assignments are padded to the same number, and taken together.
+    """
+    starts, counts = torch.tensor(grads.bounds)[:, :-1].flatten(), grads.counts.flatten()
+    factors = [torch.cat([factor, factor.new_zeros(1, factor.shape[1])]) for factor in (grads.left, grads.right)]
+    for cells, height in _alike(counts):
+        for part in cells.split(max(1, _PAIRS_TILE // (height * (height + sum(grads.shape_of_one))))):
+            position = torch.arange(height)
+            padding = position >= counts[part, None]
+            rows = (starts[part, None] + position).masked_fill(padding, len(grads.left)).flatten().to(grads.device)
+            left, right = (widen(f.index_select(0, rows)).view(len(part), height, -1) for f in factors)
+            gram = (left @ left.mT).mul_(right @ right.mT)
+            norms.index_add_(0, (part % len(norms)).to(grads.device), gram.flatten(1).sum(dim=1).double())
+
+
+def add_sum_of_assignments(grads: ExpertGrads, weights: Tensor | None, total: Tensor) -> None:
+    """Add the sum [P] over examples of weights[b] (None: one each) * gradient[b]: one product for each expert."""
+    left = widen(grads.left)
+    if weights is not None:
+        batch, counts = len(weights), grads.counts
+        example = torch.arange(batch).expand_as(counts).flatten().repeat_interleave(counts.flatten())
+        left = left * weights[example.to(grads.device), None]
+    for bounds, block in zip(grads.bounds, total.view(len(grads.bounds), *grads.shape_of_one), strict=True):
+        part = slice(bounds[0], bounds[-1])
+        block.addmm_(left[part].mT, widen(grads.right[part]))
+
+
+def _alike(counts: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Indices of `counts` from the largest down, in groups none of which falls below half its largest; none of 0."""
+    ordered, order = counts.sort(descending=True)
+    sizes, start = ordered.tolist(), 0
+    while start < len(sizes) and sizes[start]:
+        stop = next((i for i in range(start, len(sizes)) if 2 * sizes[i] < sizes[start]), len(sizes))
+        yield order[start:stop], sizes[start]
+        start = stop
 
 
 def fused_experts(call: Call, wanted: Sequence[str]) -> dict[str, LayerGrads]:

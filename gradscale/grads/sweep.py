@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradscale.grads.experts import ExpertGrads, add_norms_of_pairs, add_sum_of_assignments
 from gradscale.grads.gram import Factors, add_squared_norms, factors_of, gram_cost, length
 from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, widen
 
@@ -26,6 +27,7 @@ _PRODUCT_ENTRIES = 1 << 16  # the same with products: the blocks of a map, whate
 _CPU_TILE = 1 << 21  # entries of a tile's examples together: 8 MB of float32, which a last-level cache may hold
 _GPU_TILE = 1 << 26
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
+_PAIR_COST = 5.0  # the same in the small Gram matrices of experts
 _GRAM_COST = 1.5  # multiplications of a tile for which one of a Gram matrix, which is smaller, can be had
 
 
@@ -44,6 +46,8 @@ def read(grads: LayerGrads, request: Request) -> None:
         _read_dense(grads, request)
     elif isinstance(grads, EmbeddingGrads) and not request.products:
         _read_embedding(grads, request)
+    elif isinstance(grads, ExpertGrads) and not request.products and _pairs_are_cheaper(grads, request):
+        _read_assignments(grads, request)
     elif factors and not request.products and _factors_are_cheaper(factors, request):
         _read_factors(factors, request)
     else:
@@ -154,6 +158,22 @@ def _factors_are_cheaper(uses: tuple[Factors, ...], request: Request) -> bool:
     gram = _GRAM_COST * gram_cost(uses) if request.norms is not None else 0
     passes = (request.norms is not None) + len(request.sums)
     return gram + product * len(request.sums) <= product + _PASS_COST * passes * rows * columns
+
+
+def _pairs_are_cheaper(grads: ExpertGrads, request: Request) -> bool:
+    """As `_factors_are_cheaper`, over all experts and examples: a tile is made and read where no assignment is, too."""
+    batch, rows, columns = grads.shape
+    gram = float(grads.counts.square().sum()) * sum(grads.shape_of_one) if request.norms is not None else 0.0
+    product = len(grads.left) * math.prod(grads.shape_of_one)
+    passes = (request.norms is not None) + len(request.sums)
+    return _PAIR_COST * gram + product * len(request.sums) <= product + _PASS_COST * passes * batch * rows * columns
+
+
+def _read_assignments(grads: ExpertGrads, request: Request) -> None:
+    if request.norms is not None:
+        add_norms_of_pairs(grads, request.norms)
+    for weights, total in request.sums:
+        add_sum_of_assignments(grads, weights, total)
 
 
 def _read_factors(uses: tuple[Factors, ...], request: Request) -> None:
