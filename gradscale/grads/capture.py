@@ -45,12 +45,15 @@ from gradscale.grads.experts import flattens_tokens, fused_experts, shares_posit
 from gradscale.grads.generic import no_gradient
 from gradscale.grads.layer import LayerGrads, share
 from gradscale.grads.rules.linear import conv1d, embedding, linear
+from gradscale.grads.rules.norms import layer_norm
 from gradscale.grads.saved import Saved
 from gradscale.grads.waiting import Doubts, refuse
 
 Read = Callable[[str, LayerGrads], None]
 
-_BLIND: frozenset[Rule] = frozenset({linear, conv1d, embedding, fused_experts})  # rules that do not look at outputs
+_BLIND: frozenset[Rule] = frozenset(
+    {linear, conv1d, embedding, layer_norm, fused_experts}
+)  # rules that do not look at outputs
 
 
 def capture(
@@ -168,7 +171,7 @@ class _Tape:
                 return None
             if site.rule is embedding and self._may_be_positions(args, kwargs):
                 return self._broadcast(site, module, (args, kwargs), output)
-            leaves, structure = pytree.tree_flatten(output)
+            leaves, structure = ([output], None) if isinstance(output, Tensor) else pytree.tree_flatten(output)
             floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
             for i in floats:
                 leaves[i] = self._spread(module, leaves[i], (args, kwargs))
@@ -185,7 +188,7 @@ class _Tape:
                 self._expect(site, module, without_caches(args, kwargs), [leaves[i] for i in floats], arranged)
             else:  # runs again with a gradient if it is checkpointed with use_reentrant=True
                 self.ran_without_grad = True
-            return pytree.tree_unflatten(leaves, structure)
+            return leaves[0] if structure is None else pytree.tree_unflatten(leaves, structure)
 
         return after_forward
 

@@ -16,7 +16,7 @@ class Saved:
 
     def __init__(self, tree: Any, anchor: Tensor) -> None:
         """`anchor` is any tensor that requires grad."""
-        leaves, self._structure = pytree.tree_flatten(tree)
+        leaves, self._structure = _flatten(tree)
         tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
         self._leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         self._versions = [tensor._version for tensor in tensors]
@@ -36,7 +36,15 @@ class Saved:
             return None
         saved = iter(tensors)
         leaves = [next(saved) if leaf is _TENSOR else leaf for leaf in self._leaves]
-        return pytree.tree_unflatten(leaves, self._structure)
+        return (tuple(leaves), {}) if self._structure is None else pytree.tree_unflatten(leaves, self._structure)
+
+
+def _flatten(tree: Any) -> tuple[list[Any], pytree.TreeSpec | None]:
+    """None for what nearly every module is called with, one tensor: a pass over a small model has time for no more."""
+    match tree:
+        case ((Tensor() as only,), dict() as kwargs) if not kwargs:
+            return [only], None
+    return pytree.tree_flatten(tree)
 
 
 class _Save(torch.autograd.Function):

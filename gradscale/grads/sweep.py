@@ -119,7 +119,10 @@ def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:
 def _read_dense(grads: DenseGrads, request: Request) -> None:
     dense = widen(grads.grads)
     everyone = slice(0, len(dense))
-    _reduce(dense, everyone, 0, request._replace(products=()))
+    if request.norms is not None:
+        request.norms.add_(torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square_())
+    for weights, total in request.sums:
+        _add_sum(dense, weights, total)
     for start in range(0, dense.shape[1] if request.products else 0, _PRODUCT_ENTRIES):
         part = dense[:, start : start + _PRODUCT_ENTRIES]
         _reduce(part, everyone, start, Request(None, (), request.products))
