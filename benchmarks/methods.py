@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from gradscale.grads.capture import capture
 from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, read_gradients
+from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, Totals, read_gradients
+from gradscale.grads.waiting import Doubts
 
 Found = Mapping[str, Tensor]  # parameter -> squared norms [B], or gradients [B, ...]
 
@@ -38,13 +39,17 @@ def _share(model: nn.Module, names: Iterable[str]) -> float:
 # gradscale
 
 
-def _read(shape: Shape, *readings: Reading) -> Method:
-    model, ids = shape.model(), shape.ids()
+def _read(shape: Shape, *readings: Reading, totals: Totals | None = None) -> Method:
+    """As a shard is read: what a module's first call decides holds for the later ones; sums are added to `totals`."""
+    model, ids, doubts = shape.model(), shape.ids(), Doubts()
     parameters = select_parameters(model, None)
     places = sites(model, parameters)
 
     def run() -> Found:
-        found = read_gradients(model, places, parameters, lambda m: losses(m, ids), len(ids), readings)
+        kept = {} if totals is None else totals
+        found = read_gradients(
+            model, places, parameters, lambda m: losses(m, ids), len(ids), readings, totals=kept, doubts=doubts
+        )
         return dict(zip(parameters, found.sq_norms.T, strict=True))
 
     return Method(model, run, _share(model, parameters))
@@ -55,6 +60,11 @@ def norms(shape: Shape) -> Method:
 
 
 def norms_and_sums(shape: Shape) -> Method:
+    method = _read(shape, SquaredNorms(), GradientSums(), totals={})
+    return method._replace(note="added to the [P] sums of the batches before")
+
+
+def norms_and_new_sums(shape: Shape) -> Method:
     return _read(shape, SquaredNorms(), GradientSums())._replace(note="[P] sums made anew each time")
 
 
@@ -210,6 +220,7 @@ def bergson(shape: Shape) -> Method:
 OURS: dict[str, Callable[[Shape], Method]] = {
     "gradscale: squared norms": norms,
     "gradscale: norms + sums": norms_and_sums,
+    "gradscale: norms + new sums": norms_and_new_sums,
     "gradscale: gradients, layer by layer": materialized,
 }
 PEERS: dict[str, Callable[[Shape], Method]] = {
