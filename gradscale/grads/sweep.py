@@ -26,6 +26,7 @@ _TILE_ENTRIES = 1 << 20  # of a parameter in a tile
 _PRODUCT_ENTRIES = 1 << 16  # the same with products: the blocks of a map, whatever the batch
 _CPU_TILE = 1 << 21  # entries of a tile's examples together: 8 MB of float32, which a last-level cache may hold
 _GPU_TILE = 1 << 26
+_RUN = 1 << 10  # entries whose squares are added up in float32
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
 _PAIR_COST = 5.0  # the same in the small Gram matrices of experts
 _GRAM_COST = 1.5  # multiplications of a tile for which one of a Gram matrix, which is smaller, can be had
@@ -102,11 +103,19 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
     """Add the readings of entries start, start + 1, ... of the gradients `dense` [b, p] of `examples`."""
     stop = start + dense.shape[1]
     if request.norms is not None:
-        request.norms[examples].add_(torch.linalg.vector_norm(dense, dim=1).double().square())
+        request.norms[examples].add_(_squares(dense))
     for weights, total in request.sums:
         _add_sum(dense, None if weights is None else weights[examples], total[start:stop])
     for block, total in request.products:
         total[examples].add_(dense @ block(start, stop).to(dense.dtype))
+
+
+def _squares(dense: Tensor) -> Tensor:
+    """[b] float64: squared norms. Runs of entries are added up in the tensor's dtype: more would lose digits."""
+    whole = dense.shape[1] // _RUN * _RUN
+    runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
+    rest = torch.linalg.vector_norm(dense[:, whole:], dim=1)
+    return runs.double().square_().sum(dim=1) + rest.double().square_()
 
 
 def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:
