@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,9 +26,25 @@ _TILE_ENTRIES = 1 << 20  # of a parameter in a tile
 _PRODUCT_ENTRIES = 1 << 16  # the same with products: the blocks of a map, whatever the batch
 _CPU_TILE = 1 << 21  # entries of a tile's examples together: 8 MB of float32, which a last-level cache may hold
 _GPU_TILE = 1 << 26
+_RUN = 1 << 10  # entries whose squares are added up in float32
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
 _PAIR_COST = 5.0  # the same in the small Gram matrices of experts
 _GRAM_COST = 1.5  # multiplications of a tile for which one of a Gram matrix, which is smaller, can be had
+
+
+class Fold(Protocol):
+    """A linear map of one parameter's gradients to K numbers, that reads them where they are."""
+
+    def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
+        """Add the images of entries start, start + 1, ... of gradients [b, p] to `total` [b, K] float64.
+
+        `dense` may be overwritten.
+        """
+        ...
+
+    def add_rows(self, ids: Tensor, grads: Tensor, total: Tensor) -> None:
+        """The same for gradients of a table, whose rows `ids` [B, T] receive `grads` [B, T, C]."""
+        ...
 
 
 class Request(NamedTuple):
@@ -37,18 +53,19 @@ class Request(NamedTuple):
     norms: Tensor | None  # [B] float64: squared norms
     sums: tuple[tuple[Tensor | None, Tensor], ...]  # weights [B] (None: one each), total [P]
     products: tuple[tuple[Callable[[int, int], Tensor], Tensor], ...]  # rows start:stop of [P, N]; total [B, N]
+    folds: tuple[tuple[Fold, Tensor], ...] = ()  # total [B, K] float64
 
 
 def read(grads: LayerGrads, request: Request) -> None:
     """Add what `request` asks for to its tensors."""
-    factors = factors_of(grads)
+    factors, by_entries = factors_of(grads), bool(request.products or request.folds)
     if isinstance(grads, DenseGrads):
         _read_dense(grads, request)
     elif isinstance(grads, EmbeddingGrads) and not request.products:
         _read_embedding(grads, request)
-    elif isinstance(grads, ExpertGrads) and not request.products and _pairs_are_cheaper(grads, request):
+    elif isinstance(grads, ExpertGrads) and not by_entries and _pairs_are_cheaper(grads, request):
         _read_assignments(grads, request)
-    elif factors and not request.products and _factors_are_cheaper(factors, request):
+    elif factors and not by_entries and _factors_are_cheaper(factors, request):
         _read_factors(factors, request)
     else:
         _sweep(grads, request)
@@ -102,11 +119,21 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
     """Add the readings of entries start, start + 1, ... of the gradients `dense` [b, p] of `examples`."""
     stop = start + dense.shape[1]
     if request.norms is not None:
-        request.norms[examples].add_(torch.linalg.vector_norm(dense, dim=1).double().square())
+        request.norms[examples].add_(_squares(dense))
     for weights, total in request.sums:
         _add_sum(dense, None if weights is None else weights[examples], total[start:stop])
     for block, total in request.products:
         total[examples].add_(dense @ block(start, stop).to(dense.dtype))
+    for i, (fold, total) in enumerate(request.folds):
+        fold.add_tile(dense if i == len(request.folds) - 1 else dense.clone(), start, total[examples])
+
+
+def _squares(dense: Tensor) -> Tensor:
+    """[b] float64: squared norms. Runs of entries are added up in the tensor's dtype: more would lose digits."""
+    whole = dense.shape[1] // _RUN * _RUN
+    runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
+    rest = torch.linalg.vector_norm(dense[:, whole:], dim=1)
+    return runs.double().square_().sum(dim=1) + rest.double().square_()
 
 
 def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:
@@ -123,6 +150,8 @@ def _read_dense(grads: DenseGrads, request: Request) -> None:
         request.norms.add_(torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square_())
     for weights, total in request.sums:
         _add_sum(dense, weights, total)
+    for fold, folded in request.folds:
+        fold.add_tile(dense.clone(), 0, folded)
     for start in range(0, dense.shape[1] if request.products else 0, _PRODUCT_ENTRIES):
         part = dense[:, start : start + _PRODUCT_ENTRIES]
         _reduce(part, everyone, start, Request(None, (), request.products))
@@ -137,6 +166,8 @@ def _read_embedding(grads: EmbeddingGrads, request: Request) -> None:
     for weights, total in request.sums:
         weighted = positions if weights is None else positions * weights.to(positions.dtype)[:, None, None]
         total.view(rows, -1).index_add_(0, grads.ids.flatten(), weighted.flatten(0, 1))
+    for fold, total in request.folds:
+        fold.add_rows(grads.ids, positions, total)
 
 
 def _segment_sq_norms(ids: Tensor, positions: Tensor) -> Tensor:

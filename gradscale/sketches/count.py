@@ -1,0 +1,180 @@
+"""A count sketch that reads gradients at the speed of memory: a random modulus, and random places for what it leaves.
+
+A parameter's entries, in row-major order, get random signs and are added up modulo a random prime W, a sum over
+the rows of a matrix with W columns: nothing is moved entry by entry. The W sums, a small part of the entries, are cut
+into parts of K; the K sums of a part go to the K places in a random order, turned by a random number of the parameter's
+own. So two entries of one parameter meet with probability 1 / K, or, if their distance is a multiple of a prime that
+W is drawn from, with one over the number of those primes (at least 100, mostly a thousand and more) beside.
+A parameter of few entries goes without a modulus.
+
+Signs, primes, orders and turns are Philox words, keyed by (version, seed, role, parameter); a sign by row and column.
+Signs are kept within a memory budget for each process and made again from their counters beyond it.
+
+Shapes: B examples, b of them in a tile, T positions, R rows and C columns of a parameter, P = R C entries, p of them
+in a tile, K outputs, W sums.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from gradscale.grads.layer import LayerGrads
+from gradscale.grads.sweep import Request, read
+from gradscale.sketches.gaussian import check_dim
+from gradscale.sketches.philox import Key, integers, key_of, signs
+
+VERSION = 1
+_BLOCKS = 16  # of W entries of a large parameter
+_LARGEST = 1 << 18  # W_0, below W
+_CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class CountSketch:
+    """x -> S x where every column of S has one entry, 1 or -1: unbiased for inner products, E <Sx, Sy> = <x, y>.
+
+    The variance of <Sx, Sy> is (|x|^2 |y|^2 + <x, y>^2 - 2 sum_p x_p^2 y_p^2) / K if two entries meet with probability
+    1 / K: no more than of a dense matrix of normals, and measured to be so, for gradients of rank one and single rows
+    and columns too. Cost: one pass over the gradients' entries, which have to be there: they are where sums are read.
+    Source: Charikar, Chen and Farach-Colton (2002); for one entry a column, Kane and Nelson (2014), arXiv 1012.1577;
+    for random primes, Karp and Rabin (1987). The way the three go together is ours.
+    """
+
+    dim: int
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_dim("sketch dimension", self.dim)
+
+    @property
+    def scheme(self) -> dict[str, object]:
+        """What makes two sketches comparable; kept beside them."""
+        return {"name": "count", "version": VERSION, "seed": self.seed, "dim": self.dim}
+
+    def fold(self, parameter: str, shape: tuple[int, int], device: torch.device) -> CountFold:
+        rows, columns = shape if shape[1] > 1 else (1, shape[0])
+        return CountFold(self.dim, self.seed, parameter, rows, columns, device)
+
+    def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
+        total = torch.zeros(grads.shape[0], self.dim, dtype=torch.float64, device=grads.device)
+        read(grads, Request(None, (), (), ((self.fold(parameter, grads.shape[1:], grads.device), total),)))
+        return total
+
+    def materialize(self, parameter: str, shape: tuple[int, int]) -> Tensor:
+        """[P, K] float32: the definition."""
+        fold = self.fold(parameter, shape, torch.device("cpu"))
+        entry = torch.arange(shape[0] * shape[1])
+        matrix = torch.zeros(len(entry), self.dim)
+        matrix[entry, fold.buckets(entry)] = fold.signs(torch.arange(fold.rows)).flatten()
+        return matrix
+
+
+@dataclass(frozen=True)
+class CountFold:
+    """The part of a count sketch that belongs to one parameter."""
+
+    dim: int
+    seed: int
+    parameter: str
+    rows: int
+    columns: int
+    device: torch.device
+
+    def signs(self, rows: Tensor) -> Tensor:
+        """[n, C] float32, 1 or -1, of the `rows` [n]."""
+        return signs(_key("sign", self.seed, self.parameter), rows, self.columns)
+
+    @property
+    def modulus(self) -> int:
+        """W."""
+        return _modulus(self.seed, self.parameter, self.rows * self.columns, self.dim)
+
+    def buckets(self, entries: Tensor) -> Tensor:
+        """Where the entries go, in 0 ... K - 1."""
+        places = _orders(self.seed, self.dim, -(-self.modulus // self.dim)).argsort(dim=1).flatten()
+        return (places.to(entries.device)[entries % self.modulus] + self._turn) % self.dim
+
+    def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
+        stop, parts = start + dense.shape[1], -(-self.modulus // self.dim)
+        signed = dense.mul_(self._signs_between(start, stop).to(dense.dtype))
+        sums = dense.new_zeros(len(dense), parts * self.dim)
+        _add_modulo(signed, start, sums[:, : self.modulus])
+        placed = sums.index_select(1, _sources(self.seed, self.dim, parts, str(self.device)))
+        total.add_(placed.view(len(dense), parts, self.dim).sum(dim=1).roll(self._turn, dims=1))
+
+    def add_rows(self, ids: Tensor, grads: Tensor, total: Tensor) -> None:
+        entries = ids[:, :, None] * self.columns + torch.arange(self.columns, device=ids.device)
+        kept = self._kept_signs()
+        sign = self.signs(ids.flatten()).view(grads.shape) if kept is None else kept[ids]
+        signed = grads * sign.to(grads.dtype)
+        total.scatter_add_(1, self.buckets(entries).flatten(1), signed.flatten(1).double())
+
+    @property
+    def _turn(self) -> int:
+        return int(integers(_key("turn", self.seed, self.parameter), 1)) % self.dim
+
+    def _signs_between(self, start: int, stop: int) -> Tensor:
+        """[stop - start], of these entries."""
+        first, last = start // self.columns, -(-stop // self.columns)
+        kept = self._kept_signs()
+        rows = self.signs(torch.arange(first, last, device=self.device)) if kept is None else kept[first:last]
+        return rows.flatten()[start - first * self.columns : stop - first * self.columns]
+
+    def _kept_signs(self) -> Tensor | None:
+        """[R, C], if the budget allows."""
+        name = (_key("sign", self.seed, self.parameter), self.rows, self.columns, str(self.device))
+        if name not in _cache:
+            needed = 4 * self.rows * self.columns
+            if sum(kept.nbytes for kept in _cache.values()) + needed > _CACHE_BYTES:
+                return None
+            _cache[name] = self.signs(torch.arange(self.rows, device=self.device))
+        return _cache[name]
+
+
+_cache: dict[tuple[Key, int, int, str], Tensor] = {}  # signs of this process, never evicted: they are in use
+
+
+def _key(role: str, seed: int, *names: str | int) -> Key:
+    return key_of("count", VERSION, seed, role, *names)
+
+
+def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:
+    """Add entries start, start + 1, ... [b, p] into `sums` [b, W] at their remainders."""
+    size = sums.shape[1]
+    first = min(-start % size, signed.shape[1])  # entries before the first multiple of W
+    whole = first + (signed.shape[1] - first) // size * size
+    if first:
+        sums[:, start % size : start % size + first] += signed[:, :first]
+    if whole > first:
+        sums += signed[:, first:whole].unflatten(1, (-1, size)).sum(dim=1)
+    if whole < signed.shape[1]:
+        sums[:, : signed.shape[1] - whole] += signed[:, whole:]
+
+
+@lru_cache(maxsize=4096)
+def _modulus(seed: int, parameter: str, entries: int, dim: int) -> int:
+    """A random prime from W_0 to 2 W_0, or P itself where W_0 is not much less."""
+    lowest = max(2 * dim, 1 << 10, min(entries // _BLOCKS, _LARGEST))
+    if entries <= 4 * lowest:
+        return entries
+    for word in integers(_key("modulus", seed, parameter), 1 << 10).tolist():
+        candidate = lowest + word % lowest
+        if all(candidate % factor for factor in range(2, math.isqrt(candidate) + 1)):
+            return int(candidate)
+    raise AssertionError("a thousand numbers without a prime")
+
+
+def _orders(seed: int, dim: int, parts: int) -> Tensor:
+    """[parts, K]: which sum of a part goes to each place; the same for all parameters, which turn them."""
+    return integers(_key("order", seed, dim, parts), parts * dim).view(parts, dim).argsort(dim=1, stable=True)
+
+
+@lru_cache(maxsize=64)
+def _sources(seed: int, dim: int, parts: int, device: str) -> Tensor:
+    """[parts K]: which of all sums goes to each place of each part."""
+    return (_orders(seed, dim, parts) + torch.arange(0, parts * dim, dim)[:, None]).flatten().to(device)
