@@ -61,7 +61,7 @@ def read(grads: LayerGrads, request: Request) -> None:
     factors, by_entries = factors_of(grads), bool(request.products or request.folds)
     if isinstance(grads, DenseGrads):
         _read_dense(grads, request)
-    elif isinstance(grads, EmbeddingGrads) and not request.products:
+    elif isinstance(grads, EmbeddingGrads) and not request.products and not (request.folds and _is_short(grads)):
         _read_embedding(grads, request)
     elif isinstance(grads, ExpertGrads) and not by_entries and _pairs_are_cheaper(grads, request):
         _read_assignments(grads, request)
@@ -168,6 +168,11 @@ def _read_embedding(grads: EmbeddingGrads, request: Request) -> None:
         total.view(rows, -1).index_add_(0, grads.ids.flatten(), weighted.flatten(0, 1))
     for fold, total in request.folds:
         fold.add_rows(grads.ids, positions, total)
+
+
+def _is_short(grads: EmbeddingGrads) -> bool:
+    """Whether the whole table has hardly more rows than an example has positions, as one of positions has not."""
+    return grads.num_rows <= 2 * grads.ids.shape[1]
 
 
 def _segment_sq_norms(ids: Tensor, positions: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A parameter's entries, in row-major order, get random signs and are added up mod
 the rows of a matrix with W columns: nothing is moved entry by entry. The W sums, a small part of the entries, are cut
 into parts of K; the K sums of a part go to the K places in a random order, turned by a random number of the parameter's
 own. So two entries of one parameter meet with probability 1 / K, or, if their distance is a multiple of a prime that
-W is drawn from, with one over the number of those primes (at least 100, mostly a thousand and more) beside.
+W is drawn from, with one over the number of those primes (464 or more) beside.
 A parameter of few entries goes without a modulus.
 
 Signs, primes, orders and turns are Philox words, keyed by (version, seed, role, parameter); a sign by row and column.
@@ -29,8 +29,8 @@ from gradscale.sketches.gaussian import check_dim
 from gradscale.sketches.philox import Key, integers, key_of, signs
 
 VERSION = 1
-_BLOCKS = 16  # of W entries of a large parameter
-_LARGEST = 1 << 18  # W_0, below W
+_BLOCKS = 64  # of W entries of a large parameter
+_SMALLEST, _LARGEST = 1 << 12, 1 << 18  # W_0, below W
 _CACHE_BYTES = 1 << 30
 
 
@@ -96,11 +96,15 @@ class CountFold:
 
     def buckets(self, entries: Tensor) -> Tensor:
         """Where the entries go, in 0 ... K - 1."""
-        places = _orders(self.seed, self.dim, -(-self.modulus // self.dim)).argsort(dim=1).flatten()
-        return (places.to(entries.device)[entries % self.modulus] + self._turn) % self.dim
+        places = _places(self.seed, self.dim, -(-self.modulus // self.dim), str(entries.device))
+        return (places[entries % self.modulus] + self._turn) % self.dim
 
     def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
         stop, parts = start + dense.shape[1], -(-self.modulus // self.dim)
+        if self.rows * self.columns <= _SMALLEST:  # a bias: as few calls as can be
+            places = self.buckets(torch.arange(start, stop, device=dense.device))
+            total.index_add_(1, places, (dense * self._signs_between(start, stop)).double())
+            return
         signed = dense.mul_(self._signs_between(start, stop).to(dense.dtype))
         sums = dense.new_zeros(len(dense), parts * self.dim)
         _add_modulo(signed, start, sums[:, : self.modulus])
@@ -116,7 +120,7 @@ class CountFold:
 
     @property
     def _turn(self) -> int:
-        return int(integers(_key("turn", self.seed, self.parameter), 1)) % self.dim
+        return _turn(self.seed, self.parameter) % self.dim
 
     def _signs_between(self, start: int, stop: int) -> Tensor:
         """[stop - start], of these entries."""
@@ -139,6 +143,7 @@ class CountFold:
 _cache: dict[tuple[Key, int, int, str], Tensor] = {}  # signs of this process, never evicted: they are in use
 
 
+@lru_cache(maxsize=1 << 14)
 def _key(role: str, seed: int, *names: str | int) -> Key:
     return key_of("count", VERSION, seed, role, *names)
 
@@ -159,7 +164,7 @@ def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:
 @lru_cache(maxsize=4096)
 def _modulus(seed: int, parameter: str, entries: int, dim: int) -> int:
     """A random prime from W_0 to 2 W_0, or P itself where W_0 is not much less."""
-    lowest = max(2 * dim, 1 << 10, min(entries // _BLOCKS, _LARGEST))
+    lowest = max(dim, _SMALLEST, min(entries // _BLOCKS, _LARGEST))
     if entries <= 4 * lowest:
         return entries
     for word in integers(_key("modulus", seed, parameter), 1 << 10).tolist():
@@ -169,9 +174,20 @@ def _modulus(seed: int, parameter: str, entries: int, dim: int) -> int:
     raise AssertionError("a thousand numbers without a prime")
 
 
+@lru_cache(maxsize=4096)
+def _turn(seed: int, parameter: str) -> int:
+    return int(integers(_key("turn", seed, parameter), 1))
+
+
 def _orders(seed: int, dim: int, parts: int) -> Tensor:
     """[parts, K]: which sum of a part goes to each place; the same for all parameters, which turn them."""
     return integers(_key("order", seed, dim, parts), parts * dim).view(parts, dim).argsort(dim=1, stable=True)
+
+
+@lru_cache(maxsize=64)
+def _places(seed: int, dim: int, parts: int, device: str) -> Tensor:
+    """[parts K]: the place to which each sum goes."""
+    return _orders(seed, dim, parts).argsort(dim=1).flatten().to(device)
 
 
 @lru_cache(maxsize=64)
