@@ -262,6 +262,14 @@ def test_half_precision_factors_are_widened_before_they_are_added_up(kind: torch
     )
 
 
+def test_squares_of_many_entries_lose_no_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One running sum over a million equal squares in float32 is off by 7e-4."""
+    monkeypatch.setattr(sweep, "_PASS_COST", -math.inf)  # by tiles
+    row = torch.full((1, 1, 1 << 20), 0.1)
+    exact = (1 << 20) * float(row[0, 0, 0]) ** 2
+    assert sq_norms(OuterGrads(torch.ones(1, 1, 1), row)).item() == pytest.approx(exact, rel=2e-6)
+
+
 @pytest.mark.parametrize(("T", "by_gram"), [(1, True), (5, True), (6, False), (40, False)])
 def test_both_ways_to_the_norms_of_outer_products(T: int, by_gram: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     grads = OuterGrads(randn(0, 3, T, 5), randn(1, 3, T, 5))  # 10 T^2 <= 25 T + 25 passes for T <= 5 at 6 a pass
