@@ -50,7 +50,7 @@ def measure(
     threads_per_worker: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
     shard_size: Annotated[int, typer.Option(help="Examples of one shard: the unit of commitment and retry.")] = 256,
     microbatch: Annotated[int, typer.Option(help="Examples of one forward and backward pass.")] = 32,
-    sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K.")] = None,
+    sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K or identity.")] = None,
     params: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches this regex.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="A parameter, by name, that is not to be measured; may be repeated.")

@@ -285,7 +285,7 @@ def test_extremes_of_coherence(rows: str, value: float, unbiased: float) -> None
 def products_of(data: Data, width: GaussianWidth) -> Array:
     """[n, N] from the probes' definition."""
     probes = GaussianProbes(width.num_probes, width.seed)
-    stacked = torch.cat([probes.materialize(name, size) for name, size in SHAPES.items()]).double().numpy()
+    stacked = torch.cat([probes.materialize(name, (size, 1)) for name, size in SHAPES.items()]).double().numpy()
     return data.grads @ stacked
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from gradscale.grads.readings import Projected, Reading
 from gradscale.measures.measure import Estimate, Estimates, MicroBatch
-from gradscale.sketches.gaussian import GaussianProbes, check_dim
+from gradscale.sketches.dimensions import check_dim
+from gradscale.sketches.gaussian import GaussianProbes
 
 
 class WidthState(NamedTuple):

@@ -13,7 +13,7 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.readings import passes
 from gradscale.measures.measure import Statistic
 from gradscale.run.check import check_subject
-from gradscale.run.shard import ShardResult, Subject, load_batch, needs_of, run_shard
+from gradscale.run.shard import ShardResult, Subject, bound, load_batch, needs_of, run_shard
 from gradscale.sketches import Sketch
 
 
@@ -39,8 +39,9 @@ def forecast(
 ) -> Forecast:
     """Check the task as a run would, then time one microbatch, after one to warm up.
 
-    Raises: GradscaleError as `check_subject`, or if there is no example.
+    Raises: GradscaleError as `check_subject`, if there is no example, or if the sketch does not fit the parameters.
     """
+    mapped = bound(sketch, subject)
     examples = len(subject.examples)
     if not examples:
         raise GradscaleError("the dataset must have at least one example, got 0; check --data")
@@ -52,7 +53,7 @@ def forecast(
         subject.model.zero_grad(set_to_none=True)
 
     def measured() -> ShardResult:
-        return run_shard(subject, ids, 0, microbatch, statistics, sketch)
+        return run_shard(subject, ids, 0, microbatch, statistics, mapped)
 
     plain()
     states = measured().states  # both to warm up
@@ -61,9 +62,9 @@ def forecast(
         steps,
         _seconds(plain) / len(ids),
         _seconds(measured) / len(ids),
-        passes(needs_of(statistics, sketch)),
+        passes(needs_of(statistics, mapped)),
         8 * (len(subject.parameters) + 6),
-        4 * sketch.dim if sketch is not None else 0,
+        4 * mapped.dim if mapped is not None else 0,
         sum(leaf.nbytes for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor)),
     )
 

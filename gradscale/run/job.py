@@ -76,9 +76,9 @@ def measure(
     """Measure per-example gradients of a task at every checkpoint, sharded over Ray actors, into the folder `out`.
 
     `checkpoints`: paths, globs or folders of checkpoints, whose step is the number in their name, or a mapping from
-    step to path; None measures the initial weights as step 0. `sketch` is a Sketch or NAME:K. `params` is a regular
-    expression for the parameters to measure, `exclude` names some that are not. `address` joins a running Ray cluster;
-    None starts one in this process, or joins RAY_ADDRESS.
+    step to path; None measures the initial weights as step 0. `sketch` is a Sketch, NAME:K or identity. `params` is a
+    regular expression for the parameters to measure, `exclude` names some that are not. `address` joins a running Ray
+    cluster; None starts one in this process, or joins RAY_ADDRESS.
 
     Raises: GradscaleError for what the user can put right; OutOfMemory with the microbatch size to try; ShardsFailed
     once all other shards are committed, if some raised on every attempt.
@@ -171,7 +171,7 @@ def _plan(
         excluded=list(job.excluded),
         labels=description.labels,
         measures={measure.name: settings_of(measure) for measure in job.measures},
-        sketch=dict(job.sketch.scheme) if job.sketch is not None else None,
+        sketch=_scheme(job.sketch, description),
         seed=seed,
         shard_size=shard_size,
         microbatch=job.microbatch,
@@ -179,6 +179,13 @@ def _plan(
         device=job.device,
         versions=description.versions,
     )
+
+
+def _scheme(sketch: Sketch | None, description: Description) -> dict[str, Any] | None:
+    if sketch is None:
+        return None
+    sizes = {name: math.prod(parameter["shape"]) for name, parameter in description.parameters.items()}
+    return dict(sketch.bind(sizes).scheme)
 
 
 def _identity(path: str | None) -> dict[str, str | None]:

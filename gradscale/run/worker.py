@@ -17,8 +17,8 @@ from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.plan import Plan, Unit
-from gradscale.run.shard import Subject, explaining_memory, labels_of, load_batch, prepare, run_shard
-from gradscale.sketches import Sketch
+from gradscale.run.shard import Subject, bound, explaining_memory, labels_of, load_batch, prepare, run_shard
+from gradscale.sketches import BoundSketch, Sketch
 from gradscale.store.files import Files
 from gradscale.store.store import ShardColumns, Store
 from gradscale.task import Task, fingerprint
@@ -80,7 +80,7 @@ class Worker:
 
         Raises: GradscaleError if the task cannot be measured.
         """
-        subject, parameters = self._load(checkpoint)
+        subject, parameters, _ = self._load(checkpoint)
         examples = len(subject.examples)
         if not examples:
             raise GradscaleError("the dataset must have at least one example, got 0; check --data")
@@ -97,21 +97,21 @@ class Worker:
 
     def measure(self, plan: Plan, unit: Unit) -> dict[str, Any]:
         """Measure one shard and write its files; returns the content of its commit record."""
-        subject, parameters = self._load(plan.checkpoints[str(unit.step)]["path"])
+        subject, parameters, sketch = self._load(plan.checkpoints[str(unit.step)]["path"])
         if parameters != plan.parameters:
             raise GradscaleError(
                 f"every checkpoint must have the parameters of the first one, got others at step {unit.step}; "
                 "measure it into a run of its own"
             )
         job = self._job
-        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), job.sketch)
+        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), sketch)
         written = self._store.write_shard(
             unit.step,
             unit.shard,
             ShardColumns(*result.columns),
             flatten(result.states),
             list(plan.parameters),
-            job.sketch.scheme if job.sketch is not None else None,
+            sketch.scheme if sketch is not None else None,
         )
         return {
             "step": unit.step,
@@ -128,20 +128,21 @@ class Worker:
     def estimate_over_steps(self, plan: Plan, steps: Sequence[int]) -> list[EstimateRow]:
         return estimate_over_steps(self._store, plan, self._job.measures, steps)
 
-    def _load(self, checkpoint: str | None) -> tuple[Subject, dict[str, Any]]:
-        """The model of `checkpoint` and its parameters for the plan, worked out once for all of its shards."""
+    def _load(self, checkpoint: str | None) -> tuple[Subject, dict[str, Any], BoundSketch | None]:
+        """The model of `checkpoint`, its parameters for the plan, and the sketch of them: once for all its shards."""
         if self._loaded is None or self._loaded.checkpoint != checkpoint:
             self._loaded = None  # free the one before
             job = self._job
             subject = prepare(job.task, checkpoint, job.params, job.device, job.excluded)
-            self._loaded = _Loaded(checkpoint, subject, _parameters(subject))
-        return self._loaded.subject, self._loaded.parameters
+            self._loaded = _Loaded(checkpoint, subject, _parameters(subject), bound(job.sketch, subject))
+        return self._loaded.subject, self._loaded.parameters, self._loaded.sketch
 
 
 class _Loaded(NamedTuple):
     checkpoint: str | None
     subject: Subject
     parameters: dict[str, Any]
+    sketch: BoundSketch | None
 
 
 def _parameters(subject: Subject) -> dict[str, Any]:
