@@ -17,9 +17,20 @@ from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.plan import Plan, Unit
-from gradscale.run.shard import Subject, explaining_memory, labels_of, load_batch, prepare, run_shard
+from gradscale.run.shard import (
+    Columns,
+    ShardResult,
+    Subject,
+    explaining_memory,
+    labels_of,
+    load_batch,
+    prepare,
+    run_shard,
+)
+from gradscale.run.sketch_error import sketch_error
 from gradscale.sketches import Sketch
 from gradscale.store.files import Files
+from gradscale.store.narrow import Narrowed, narrowed
 from gradscale.store.store import ShardColumns, Store
 from gradscale.task import Task, fingerprint
 
@@ -37,6 +48,12 @@ class Job:
     microbatch: int
     threads: int
     device: str
+    sketch_dtype: str = "float32"
+
+    @property
+    def estimated(self) -> tuple[Measure, ...]:
+        """The measures, and the error of the sketches if they are stored."""
+        return self.measures if self.sketch is None else (*self.measures, sketch_error(self.sketch.scheme))
 
 
 class Description(NamedTuple):
@@ -105,6 +122,9 @@ class Worker:
             )
         job = self._job
         result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), job.sketch)
+        stored = _narrowed(result.columns, job.sketch_dtype)
+        if stored is not None:
+            result = self._with_sketches(subject, unit, result, stored)
         written = self._store.write_shard(
             unit.step,
             unit.shard,
@@ -113,7 +133,7 @@ class Worker:
             list(plan.parameters),
             job.sketch.scheme if job.sketch is not None else None,
         )
-        return {
+        record: dict[str, Any] = {
             "step": unit.step,
             "shard": unit.shard,
             "start": unit.start,
@@ -121,9 +141,21 @@ class Worker:
             "nonfinite": int((~result.columns.finite).sum()),
             "files": [list(file) for file in written],
         }
+        if stored is not None:
+            record["underflown"] = {"zeroed": int(stored.zeroed.sum()), "coarse": stored.coarse}
+        return record
+
+    def _with_sketches(self, subject: Subject, unit: Unit, result: ShardResult, stored: Narrowed) -> ShardResult:
+        """`result` with the sketches as they are stored and, in a step's first shard, their error."""
+        columns = result.columns._replace(sketch=stored.matrix)
+        if unit.shard or self._job.sketch is None:
+            return ShardResult(columns, result.states)
+        diagnostic = sketch_error(self._job.sketch.scheme)
+        state = diagnostic.sample(subject, unit.ids, self._job.microbatch, columns.finite, stored)
+        return ShardResult(columns, {**result.states, diagnostic: state})
 
     def estimate(self, plan: Plan, step: int) -> list[EstimateRow]:
-        return estimate_step(self._store, plan, self._job.measures, step)
+        return estimate_step(self._store, plan, self._job.estimated, step)
 
     def estimate_over_steps(self, plan: Plan, steps: Sequence[int]) -> list[EstimateRow]:
         return estimate_over_steps(self._store, plan, self._job.measures, steps)
@@ -142,6 +174,12 @@ class _Loaded(NamedTuple):
     checkpoint: str | None
     subject: Subject
     parameters: dict[str, Any]
+
+
+def _narrowed(columns: Columns, dtype: str) -> Narrowed | None:
+    if columns.sketch is None:
+        return None
+    return narrowed(columns.sketch, columns.example_id, columns.finite, dtype)
 
 
 def _parameters(subject: Subject) -> dict[str, Any]:
