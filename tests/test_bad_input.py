@@ -184,7 +184,7 @@ def test_an_example_that_is_not_finite_is_kept_out(tmp_path):
     one_shard = {"workers": 1, "shard_size": 100, "sketch": "gaussian:4"}
     run = gs.measure(Regression(nan=13), str(tmp_path / "nan"), **one_shard)
     other = gs.measure(Regression(without=13), str(tmp_path / "without"), **one_shard)
-    ours, theirs = run.estimates(), other.estimates()
+    ours, theirs = (r.estimates()[lambda frame: frame["measure"] != "sketch_error"] for r in (run, other))
     assert set(ours["n"]) == {23}
     np.testing.assert_allclose(ours["value"], theirs["value"], rtol=1e-12)
     rows = run.rows().to_table().to_pandas()

@@ -50,7 +50,7 @@ class Columns(NamedTuple):
     grad_sq_norm: Tensor  # [n] float64
     layer_sq_norms: Tensor  # [n, L] float64
     finite: Tensor  # [n] bool
-    sketch: Tensor | None  # [n, K] float32; meaningless where not finite
+    sketch: Tensor | None  # [n, K] float64; meaningless where not finite
 
 
 class ShardResult(NamedTuple):
@@ -263,7 +263,7 @@ def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Boun
             readings.sq_norms.sum(dim=1).where(keep, torch.nan),
             readings.sq_norms.where(keep[:, None], torch.nan),
             keep,
-            readings.projections[Projected(sketch)].float() if sketch is not None else None,
+            readings.projections[Projected(sketch)] if sketch is not None else None,
         ),
     )
     return on_cpu

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import LinearMap
+from gradscale.sketches.count import CountSketch
 from gradscale.sketches.gaussian import GaussianSketch
 from gradscale.sketches.identity import IdentitySketch
 from gradscale.sketches.kronecker import KroneckerSketch
@@ -43,12 +44,13 @@ class Sketch(Protocol):
 
 
 SKETCHES: dict[str, Callable[[int, int], Sketch]] = {
+    "count": CountSketch,
     "gaussian": GaussianSketch,
     "rademacher": RademacherSketch,
     "srht": SrhtSketch,
     "kronecker": KroneckerSketch,
     "identity": IdentitySketch,
-    "default": GaussianSketch,
+    "default": CountSketch,
 }
 
 

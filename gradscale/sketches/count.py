@@ -17,6 +17,7 @@ in a tile, K outputs, W sums.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.sweep import Request, read
-from gradscale.sketches.gaussian import check_dim
+from gradscale.sketches.dimensions import check_dim, check_fits
 from gradscale.sketches.philox import Key, integers, key_of, signs
 
 VERSION = 1
@@ -55,6 +56,11 @@ class CountSketch:
     def scheme(self) -> dict[str, object]:
         """What makes two sketches comparable; kept beside them."""
         return {"name": "count", "version": VERSION, "seed": self.seed, "dim": self.dim}
+
+    def bind(self, sizes: Mapping[str, int]) -> CountSketch:
+        """Itself. Raises: GradscaleError if K is more than all entries together."""
+        check_fits(self.dim, sizes)
+        return self
 
     def fold(self, parameter: str, shape: tuple[int, int], device: torch.device) -> CountFold:
         rows, columns = shape if shape[1] > 1 else (1, shape[0])
