@@ -31,6 +31,7 @@ from gradscale.grads.layer import (
 )
 from gradscale.run.shard import bound, prepare, run_shard
 from gradscale.sketches import SKETCHES, BoundSketch, Sketch, blocks, check_comparable, kronecker, parse_sketch, srht
+from gradscale.sketches.count import CountSketch
 from gradscale.sketches.gaussian import GaussianSketch
 from gradscale.sketches.identity import IdentityMap, IdentitySketch
 from gradscale.sketches.kronecker import KroneckerSketch
@@ -48,6 +49,7 @@ def maps_of(dim: int, seed: int) -> dict[str, BoundSketch]:
     """Every scheme; of a Kronecker sketch with both sides, one or none projected, and of identity all P outputs."""
     sizes = {"a": P}
     return {
+        "count": CountSketch(dim, seed),
         "gaussian": GaussianSketch(dim, seed),
         "rademacher": RademacherSketch(dim, seed),
         "srht": SrhtSketch(dim, seed),
