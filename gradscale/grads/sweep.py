@@ -133,15 +133,8 @@ def _squares(dense: Tensor) -> Tensor:
     whole = dense.shape[1] // _RUN * _RUN
     runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
     rest = torch.linalg.vector_norm(dense[:, whole:], dim=1)
-    return runs.double().square_().sum(dim=1) + rest.double().square_()
-
-
-def _squares(dense: Tensor) -> Tensor:
-    """[b] float64: squared norms. Runs of entries are added up in the tensor's dtype: more would lose digits."""
-    whole = dense.shape[1] // _RUN * _RUN
-    runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
-    rest = torch.linalg.vector_norm(dense[:, whole:], dim=1)
-    return runs.double().square_().sum(dim=1) + rest.double().square_()
+    total: Tensor = runs.double().square_().sum(dim=1) + rest.double().square_()
+    return total
 
 
 def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:

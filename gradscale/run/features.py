@@ -56,7 +56,7 @@ def featurizer_width(
         with torch.no_grad(), explaining_memory(microbatch):
             points = _checked(features(model, batch), batch_size(batch))
         if probes is None:
-            probes = GaussianProbes(num_probes, seed).materialize(PARAMETER, points.shape[1]).double()
+            probes = GaussianProbes(num_probes, seed).materialize(PARAMETER, (points.shape[1], 1)).double()
         points = points[points.isfinite().all(dim=1)].cpu().double()
         state = merge_states(state, state_of(points @ probes))
     estimates = estimates_of(state, "featurizer", "all", "examples@theta", "feature units")
