@@ -84,7 +84,7 @@ def test_measure_class_instead_of_an_instance(tmp_path):
         ({"workers": 0}, "workers must be a whole number of at least 1, got 0"),
         ({"microbatch": 0}, "microbatch must be a whole number of at least 1, got 0"),
         ({"shard_size": 2.5}, "shard_size must be a whole number of at least 1, got 2.5"),
-        ({"sketch": "gauss:16"}, "sketch must be NAME:K with NAME in gaussian, .*got 'gauss:16'"),
+        ({"sketch": "gauss:16"}, "sketch must be NAME:K with NAME in count, gaussian, .*got 'gauss:16'"),
         ({"sketch": "gaussian"}, "sketch must be NAME:K .*got 'gaussian'"),
         ({"sketch": "gaussian:0"}, "sketch dimension must be at least 1, got 0"),
         ({"workers": 5}, "workers must be at most the number of examples, 4, got 5; use fewer workers"),

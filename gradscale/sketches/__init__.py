@@ -63,7 +63,7 @@ def parse_sketch(text: str, seed: int) -> Sketch:
     if text == "identity":
         return IdentitySketch(seed=seed)
     if name not in SKETCHES or not dim.isdecimal():
-        raise GradscaleError(f"sketch must be NAME:K with NAME in {', '.join(SKETCHES)}, or identity, got {text!r}")
+        raise GradscaleError(f"sketch must be NAME:K with NAME in {', '.join(SKETCHES)}, got {text!r}")
     return SKETCHES[name](int(dim), seed)
 
 

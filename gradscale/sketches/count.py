@@ -26,13 +26,14 @@ from torch import Tensor
 
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.sweep import Request, read
+from gradscale.sketches.blocks import kept
 from gradscale.sketches.dimensions import check_dim, check_fits
-from gradscale.sketches.philox import Key, integers, key_of, signs
+from gradscale.sketches.philox import Key, integers, key_of
+from gradscale.sketches.words import signs, signs_of
 
 VERSION = 1
 _BLOCKS = 64  # of W entries of a large parameter
 _SMALLEST, _LARGEST = 1 << 12, 1 << 18  # W_0, below W
-_CACHE_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class CountSketch:
         fold = self.fold(parameter, shape, torch.device("cpu"))
         entry = torch.arange(shape[0] * shape[1])
         matrix = torch.zeros(len(entry), self.dim)
-        matrix[entry, fold.buckets(entry)] = fold.signs(torch.arange(fold.rows)).flatten()
+        matrix[entry, fold.buckets(entry)] = fold.signs(0, len(entry))
         return matrix
 
 
@@ -91,10 +92,6 @@ class CountFold:
     columns: int
     device: torch.device
 
-    def signs(self, rows: Tensor) -> Tensor:
-        """[n, C] float32, 1 or -1, of the `rows` [n]."""
-        return signs(_key("sign", self.seed, self.parameter), rows, self.columns)
-
     @property
     def modulus(self) -> int:
         """W."""
@@ -106,52 +103,48 @@ class CountFold:
         return (places[entries % self.modulus] + self._turn) % self.dim
 
     def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
-        stop, parts = start + dense.shape[1], -(-self.modulus // self.dim)
+        stop = start + dense.shape[1]
         if self.rows * self.columns <= _SMALLEST:  # a bias: as few calls as can be
-            places = self.buckets(torch.arange(start, stop, device=dense.device))
-            total.index_add_(1, places, (dense * self._signs_between(start, stop)).double())
+            places, sign = _of_few(self)
+            total.index_add_(1, places[start:stop], (dense * sign[start:stop]).double())
             return
-        signed = dense.mul_(self._signs_between(start, stop).to(dense.dtype))
+        parts = -(-self.modulus // self.dim)
         sums = dense.new_zeros(len(dense), parts * self.dim)
-        _add_modulo(signed, start, sums[:, : self.modulus])
+        _add_modulo(dense.mul_(self.signs(start, stop)), start, sums[:, : self.modulus])
         placed = sums.index_select(1, _sources(self.seed, self.dim, parts, str(self.device)))
         total.add_(placed.view(len(dense), parts, self.dim).sum(dim=1).roll(self._turn, dims=1))
 
     def add_rows(self, ids: Tensor, grads: Tensor, total: Tensor) -> None:
         entries = ids[:, :, None] * self.columns + torch.arange(self.columns, device=ids.device)
-        kept = self._kept_signs()
-        sign = self.signs(ids.flatten()).view(grads.shape) if kept is None else kept[ids]
-        signed = grads * sign.to(grads.dtype)
+        signed = grads * signs_of(self._key, ids.flatten(), self.columns).view(grads.shape)
         total.scatter_add_(1, self.buckets(entries).flatten(1), signed.flatten(1).double())
+
+    def signs(self, start: int, stop: int) -> Tensor:
+        """[stop - start] float32, 1 or -1, of these entries."""
+        first, last = start // self.columns, -(-stop // self.columns)
+        name = ("count", self._key, first, last, self.columns, str(self.device))
+        made = kept(name, lambda: signs(self._key, first, last, self.columns, self.device))
+        return made.flatten()[start - first * self.columns : stop - first * self.columns]
+
+    @property
+    def _key(self) -> Key:
+        return _key("sign", self.seed, self.parameter)
 
     @property
     def _turn(self) -> int:
         return _turn(self.seed, self.parameter) % self.dim
 
-    def _signs_between(self, start: int, stop: int) -> Tensor:
-        """[stop - start], of these entries."""
-        first, last = start // self.columns, -(-stop // self.columns)
-        kept = self._kept_signs()
-        rows = self.signs(torch.arange(first, last, device=self.device)) if kept is None else kept[first:last]
-        return rows.flatten()[start - first * self.columns : stop - first * self.columns]
-
-    def _kept_signs(self) -> Tensor | None:
-        """[R, C], if the budget allows."""
-        name = (_key("sign", self.seed, self.parameter), self.rows, self.columns, str(self.device))
-        if name not in _cache:
-            needed = 4 * self.rows * self.columns
-            if sum(kept.nbytes for kept in _cache.values()) + needed > _CACHE_BYTES:
-                return None
-            _cache[name] = self.signs(torch.arange(self.rows, device=self.device))
-        return _cache[name]
-
-
-_cache: dict[tuple[Key, int, int, str], Tensor] = {}  # signs of this process, never evicted: they are in use
-
 
 @lru_cache(maxsize=1 << 14)
 def _key(role: str, seed: int, *names: str | int) -> Key:
     return key_of("count", VERSION, seed, role, *names)
+
+
+@lru_cache(maxsize=4096)
+def _of_few(fold: CountFold) -> tuple[Tensor, Tensor]:
+    """[P] each: the places and the signs of all entries."""
+    entries = torch.arange(fold.rows * fold.columns, device=fold.device)
+    return fold.buckets(entries), fold.signs(0, len(entries))
 
 
 def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:

@@ -64,23 +64,6 @@ def _normals(key: Key, start: int, stop: int, dim: int, device: torch.device) ->
     return normal_of(torch.stack(words, dim=1).view(stop - start, -1)[:, :dim])
 
 
-def signs(key: Key, rows: Tensor, columns: int) -> Tensor:
-    """[n, columns] float32, 1 or -1 with equal chances; those of a row depend on the key and its number alone."""
-    blocks = -(-columns // 128)
-    row = rows[:, None].expand(-1, blocks)
-    block = torch.arange(blocks, device=rows.device).expand_as(row)
-    words = torch.stack(philox(key, (row & _MASK, row >> 32, block, torch.zeros_like(row))), dim=2)
-    bits = (words[..., None] >> torch.arange(32, device=rows.device)).bitwise_and_(1)
-    return bits.view(len(rows), -1)[:, :columns].float().mul_(2).sub_(1)
-
-
-def integers(key: Key, size: int) -> Tensor:
-    """[size] int64 on the CPU, uniform from 0 to 2^32 - 1."""
-    counter = torch.arange(-(-size // 4))
-    zero = torch.zeros_like(counter)
-    return torch.stack(philox(key, (counter, zero, zero, zero)), dim=1).flatten()[:size]
-
-
 def normal_of(words: Tensor) -> Tensor:
     """float32 standard normals from 32-bit words: the inverse distribution function at (word + 1/2) / 2^32."""
     centred = (words.double() + 0.5) * 2.0**-32 - 0.5

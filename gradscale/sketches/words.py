@@ -29,8 +29,20 @@ def words(key: Key, start: int, stop: int, device: torch.device) -> Tensor:
 def signs(key: Key, start: int, stop: int, dim: int, device: torch.device) -> Tensor:
     """[stop - start, dim] float32 of +1 and -1; row p and column k depend on the key, p and k alone."""
     rows = max(1, _CACHE_SIGNS // dim)  # as many as stay in the processor's cache
-    parts = [_signs(key, p, min(p + rows, stop), dim, device) for p in range(start, stop, rows)]
+    parts = [signs_of(key, torch.arange(p, min(p + rows, stop), device=device), dim) for p in range(start, stop, rows)]
     return torch.cat(parts) if parts else torch.empty(0, dim, device=device)
+
+
+def signs_of(key: Key, rows: Tensor, dim: int) -> Tensor:
+    """[n, dim] float32: the rows [n] of `signs`."""
+    blocks = -(-dim // _BITS)
+    position = rows.repeat_interleave(blocks)
+    block = torch.arange(blocks, device=rows.device).repeat(len(rows))
+    made = torch.stack(philox(key, (position & _MASK, position >> 32, block, torch.zeros_like(block))), dim=1)
+    bytes_of = (made[:, :, None] >> torch.arange(0, 32, 8, device=rows.device)) & 0xFF
+    bit = torch.arange(256, device=rows.device)[:, None] >> torch.arange(8, device=rows.device) & 1
+    of_byte = 1.0 - 2.0 * bit.float()  # [256, 8]
+    return of_byte.index_select(0, bytes_of.flatten()).view(len(rows), -1)[:, :dim]
 
 
 def entry_signs(key: Key, start: int, stop: int, device: torch.device) -> Tensor:
@@ -47,14 +59,3 @@ def buckets(key: Key, start: int, stop: int, dim: int, device: torch.device) -> 
     """
     made = words(key, start, stop, device)
     return (made >> 1).mul_(dim) >> 31, 1 - 2 * (made & 1)
-
-
-def _signs(key: Key, start: int, stop: int, dim: int, device: torch.device) -> Tensor:
-    blocks = -(-dim // _BITS)
-    position = torch.arange(start, stop, device=device).repeat_interleave(blocks)
-    block = torch.arange(blocks, device=device).repeat(stop - start)
-    made = torch.stack(philox(key, (position & _MASK, position >> 32, block, torch.zeros_like(block))), dim=1)
-    bytes_of = (made[:, :, None] >> torch.arange(0, 32, 8, device=device)) & 0xFF
-    bit = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-    of_byte = 1.0 - 2.0 * bit.float()  # [256, 8]
-    return of_byte.index_select(0, bytes_of.flatten()).view(stop - start, -1)[:, :dim]
