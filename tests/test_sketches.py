@@ -18,6 +18,7 @@ from gradscale.grads import sweep
 from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, materialize
 from gradscale.grads.readings import LinearMap
 from gradscale.sketches import BoundSketch, Sketch, blocks, parse_sketch
+from gradscale.sketches.count import CountSketch
 from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch
 from gradscale.sketches.philox import key_of, normals
 
@@ -159,7 +160,7 @@ def test_a_scheme_says_what_makes_sketches_comparable() -> None:
 
 def test_parse_sketch() -> None:
     assert parse_sketch("gaussian:32", seed=7) == GaussianSketch(32, seed=7)
-    assert parse_sketch("default:512", seed=0) == GaussianSketch(512, seed=0)
+    assert parse_sketch("default:512", seed=0) == CountSketch(512, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +168,7 @@ def test_parse_sketch() -> None:
 )
 def test_parse_sketch_refuses(text: str) -> None:
     with pytest.raises(
-        GradscaleError, match=f"sketch must be NAME:K with NAME in gaussian, .*default, or identity, got '{text}'"
+        GradscaleError, match=f"sketch must be NAME:K with NAME in count, gaussian, .*default, got '{text}'"
     ):
         parse_sketch(text, seed=0)
 

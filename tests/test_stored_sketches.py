@@ -365,7 +365,7 @@ def test_what_is_lost_below_is_counted():
 
 @pytest.mark.usefixtures("local_ray")
 def test_float16_measured(tmp_path):
-    settings = {"workers": 1, "measures": [gs.Coherence()], "sketch": f"gaussian:{DIM}"}
+    settings = {"workers": 1, "measures": [gs.Coherence()], "sketch": "gaussian:20"}
     half = gs.measure(Regression(), str(tmp_path / "half"), sketch_dtype="float16", **settings)
     single = gs.measure(Regression(), str(tmp_path / "single"), **settings)
     assert (half.plan["sketch_dtype"], single.plan["sketch_dtype"]) == ("float16", "float32")
@@ -383,7 +383,7 @@ def test_overflow_measured(tmp_path):
     task = Given(((1.0, 2.0), (3e6, -1e6)))
     message = r"shard 0 .*sketch entries must be at most 65504 .*in the sketch of example 1; store them with"
     with pytest.raises(gs.ShardsFailed, match=message):
-        gs.measure(task, str(tmp_path / "run"), workers=1, sketch="gaussian:8", sketch_dtype="float16")
+        gs.measure(task, str(tmp_path / "run"), workers=1, sketch="gaussian:2", sketch_dtype="float16")
     assert not (tmp_path / "run" / "sketches").exists()
 
 
@@ -391,9 +391,9 @@ def test_overflow_measured(tmp_path):
 def test_underflow_measured(tmp_path, caplog):
     task = Given(((1e-9, 1e-9), (1.0, -1.0)))
     with caplog.at_level(logging.WARNING, logger="gradscale"):
-        run = gs.measure(task, str(tmp_path / "run"), workers=1, sketch="gaussian:8", sketch_dtype="float16")
+        run = gs.measure(task, str(tmp_path / "run"), workers=1, sketch="gaussian:2", sketch_dtype="float16")
     assert (
-        "8 entries of sketches are too small for all the digits of float16, and 8 of them are stored as 0"
+        "2 entries of sketches are too small for all the digits of float16, and 2 of them are stored as 0"
         in caplog.text
     )
     found = run.estimates().set_index(["measure", "name"]).loc[("sketch_error", "entries_underflown")]

@@ -85,7 +85,7 @@ def gradients(subject: Subject, ids: range) -> Tensor:
 
 def probes_of(subject: Subject, probes: GaussianProbes) -> Tensor:
     """[P, N] float64: the definition."""
-    return torch.cat([probes.materialize(name, p.numel()) for name, p in subject.parameters.items()]).double()
+    return torch.cat([probes.materialize(name, (p.numel(), 1)) for name, p in subject.parameters.items()]).double()
 
 
 def width_by_probes(subject: Subject, ids: range, width: GaussianWidth) -> dict[str, Estimate]:
@@ -258,7 +258,7 @@ def test_common_probes_make_differences_between_checkpoints_less_noisy() -> None
     moved = rows + 0.05 * torch.randn(10, 30, dtype=torch.float64, generator=generator)
 
     def value(points: Tensor, seed: int) -> float:
-        width, probes = GaussianWidth(16, seed), GaussianProbes(16, seed).materialize("w", 30).double()
+        width, probes = GaussianWidth(16, seed), GaussianProbes(16, seed).materialize("w", (30, 1)).double()
         return width.compute(state_of(points @ probes))["width", "all"].value
 
     common = np.std([value(moved, seed) - value(rows, seed) for seed in range(60)])
@@ -310,7 +310,7 @@ def test_exact_sums_of_many_numbers() -> None:
 
 
 def path_states(steps: Sequence[Tensor], width: GaussianWidth) -> list[WidthState]:
-    probes = GaussianProbes(width.num_probes, width.seed).materialize("w", steps[0].shape[1]).double()
+    probes = GaussianProbes(width.num_probes, width.seed).materialize("w", (steps[0].shape[1], 1)).double()
     return [state_of(points @ probes) for points in steps]
 
 
@@ -319,7 +319,7 @@ def test_the_width_of_the_path_is_that_of_the_mean_gradients() -> None:
     steps = [torch.randn(n, 7, dtype=torch.float64, generator=generator) + 1 for n in (3, 5, 4)]
     width = GaussianWidth(20_000)
     means = torch.stack([points.mean(dim=0) for points in steps])
-    products = means @ GaussianProbes(width.num_probes, width.seed).materialize("w", 7).double()
+    products = means @ GaussianProbes(width.num_probes, width.seed).materialize("w", (7, 1)).double()
     found = width.compute_over_steps(path_states(steps, width))["path_width", "union"]
     recentred = products.amax(dim=0) - products.mean(dim=0)
     assert found.value == pytest.approx(float(recentred.mean()), rel=1e-12)
@@ -396,7 +396,7 @@ def test_forward_products_are_those_of_the_definition_and_of_the_reading(make: C
 def test_columns_are_those_of_the_probes_to_the_bit(first: int, last: int) -> None:
     probes = GaussianProbes(6, seed=2)
     found = columns(probes, "some.weight", first, last, 40_000, torch.device("cpu"))
-    assert torch.equal(found, probes.materialize("some.weight", 40_000)[:, first:last])
+    assert torch.equal(found, probes.materialize("some.weight", (40_000, 1))[:, first:last])
 
 
 class CutGraph(nn.Module):

@@ -131,9 +131,10 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
 def _squares(dense: Tensor) -> Tensor:
     """[b] float64: squared norms. Runs of entries are added up in the tensor's dtype: more would lose digits."""
     whole = dense.shape[1] // _RUN * _RUN
-    runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
-    rest = torch.linalg.vector_norm(dense[:, whole:], dim=1)
-    total: Tensor = runs.double().square_().sum(dim=1) + rest.double().square_()
+    total: Tensor = torch.linalg.vector_norm(dense[:, whole:], dim=1).double().square_()
+    if whole:
+        runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
+        total += runs.double().square_().sum(dim=1)
     return total
 
 
@@ -148,7 +149,7 @@ def _read_dense(grads: DenseGrads, request: Request) -> None:
     dense = widen(grads.grads)
     everyone = slice(0, len(dense))
     if request.norms is not None:
-        request.norms.add_(torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square_())
+        request.norms.add_(_squares(dense))
     for weights, total in request.sums:
         _add_sum(dense, weights, total)
     for fold, folded in request.folds:

@@ -28,12 +28,13 @@ from gradscale.grads.layer import LayerGrads
 from gradscale.grads.sweep import Request, read
 from gradscale.sketches.blocks import kept
 from gradscale.sketches.dimensions import check_dim, check_fits
-from gradscale.sketches.philox import Key, integers, key_of
-from gradscale.sketches.words import signs, signs_of
+from gradscale.sketches.philox import Key, key_of
+from gradscale.sketches.words import signs, signs_of, words
 
 VERSION = 1
 _BLOCKS = 64  # of W entries of a large parameter
 _SMALLEST, _LARGEST = 1 << 12, 1 << 18  # W_0, below W
+_HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class CountSketch:
 
     def materialize(self, parameter: str, shape: tuple[int, int]) -> Tensor:
         """[P, K] float32: the definition."""
-        fold = self.fold(parameter, shape, torch.device("cpu"))
+        fold = self.fold(parameter, shape, _HOST)
         entry = torch.arange(shape[0] * shape[1])
         matrix = torch.zeros(len(entry), self.dim)
         matrix[entry, fold.buckets(entry)] = fold.signs(0, len(entry))
@@ -166,7 +167,7 @@ def _modulus(seed: int, parameter: str, entries: int, dim: int) -> int:
     lowest = max(dim, _SMALLEST, min(entries // _BLOCKS, _LARGEST))
     if entries <= 4 * lowest:
         return entries
-    for word in integers(_key("modulus", seed, parameter), 1 << 10).tolist():
+    for word in words(_key("modulus", seed, parameter), 0, 1 << 10, _HOST).tolist():
         candidate = lowest + word % lowest
         if all(candidate % factor for factor in range(2, math.isqrt(candidate) + 1)):
             return int(candidate)
@@ -175,12 +176,12 @@ def _modulus(seed: int, parameter: str, entries: int, dim: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _turn(seed: int, parameter: str) -> int:
-    return int(integers(_key("turn", seed, parameter), 1))
+    return int(words(_key("turn", seed, parameter), 0, 1, _HOST))
 
 
 def _orders(seed: int, dim: int, parts: int) -> Tensor:
     """[parts, K]: which sum of a part goes to each place; the same for all parameters, which turn them."""
-    return integers(_key("order", seed, dim, parts), parts * dim).view(parts, dim).argsort(dim=1, stable=True)
+    return words(_key("order", seed, dim, parts), 0, parts * dim, _HOST).view(parts, dim).argsort(dim=1, stable=True)
 
 
 @lru_cache(maxsize=64)
