@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from gradscale.measures.settings import parse_measures
 from gradscale.run.fold import statistics_of
-from gradscale.run.shard import Subject, load_batch, prepare, run_shard
+from gradscale.run.shard import Subject, bound, load_batch, prepare, run_shard
 from gradscale.sketches import parse_sketch
 from gradscale.task import Batch, TensorExamples, load_task
 
@@ -70,10 +70,10 @@ def compare(subject: Subject, batch: int, measures: str, sketch: str | None, rep
     """Median seconds of a plain pass and of a measured one over `batch` examples."""
     ids = range(batch)
     needed = statistics_of(parse_measures(measures))
-    dense = parse_sketch(sketch, seed=0) if sketch else None
+    mapped = bound(parse_sketch(sketch, seed=0) if sketch else None, subject)
 
     def measured() -> object:
-        return run_shard(subject, ids, 0, batch, needed, dense)
+        return run_shard(subject, ids, 0, batch, needed, mapped)
 
     plain(subject, ids), measured()
     pairs = [(seconds(lambda: plain(subject, ids)), seconds(measured)) for _ in range(repetitions)]

@@ -9,6 +9,7 @@ Shapes: B examples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from gradscale.grads.capture import capture
 from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, Totals, read_gradients
+from gradscale.grads.readings import GradientSums, Projected, Reading, SquaredNorms, Totals, read_gradients
 from gradscale.grads.waiting import Doubts
+from gradscale.sketches.count import CountSketch
+from gradscale.sketches.gaussian import GaussianProbes
 
 Found = Mapping[str, Tensor]  # parameter -> squared norms [B], or gradients [B, ...]
 
@@ -66,6 +69,14 @@ def norms_and_sums(shape: Shape) -> Method:
 
 def norms_and_new_sums(shape: Shape) -> Method:
     return _read(shape, SquaredNorms(), GradientSums())._replace(note="[P] sums made anew each time")
+
+
+def norms_sums_and_sketch(dim: int, shape: Shape) -> Method:
+    return _read(shape, SquaredNorms(), GradientSums(), Projected(CountSketch(dim)), totals={})
+
+
+def norms_and_probes(number: int, shape: Shape) -> Method:
+    return _read(shape, SquaredNorms(), Projected(GaussianProbes(number)))._replace(note="blocks of the probes kept")
 
 
 def materialized(shape: Shape) -> Method:
@@ -221,6 +232,9 @@ OURS: dict[str, Callable[[Shape], Method]] = {
     "gradscale: squared norms": norms,
     "gradscale: norms + sums": norms_and_sums,
     "gradscale: norms + new sums": norms_and_new_sums,
+    "gradscale: norms + sums + sketch, K=512": partial(norms_sums_and_sketch, 512),
+    "gradscale: norms + sums + sketch, K=4096": partial(norms_sums_and_sketch, 4096),
+    "gradscale: norms + 64 Gaussian probes": partial(norms_and_probes, 64),
     "gradscale: gradients, layer by layer": materialized,
 }
 PEERS: dict[str, Callable[[Shape], Method]] = {

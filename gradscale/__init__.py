@@ -15,10 +15,14 @@ if TYPE_CHECKING:
     from gradscale.measures.coherence import Coherence as Coherence
     from gradscale.measures.dispersion import Dispersion as Dispersion
     from gradscale.measures.gaussian_width import GaussianWidth as GaussianWidth
+    from gradscale.measures.gram_width import width_of_gram as width_of_gram
     from gradscale.measures.measure import Estimate as Estimate
     from gradscale.measures.measure import MicroBatch as MicroBatch
+    from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
+    from gradscale.run.widths import tuple_width as tuple_width
+    from gradscale.run.widths import width as width
     from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
     from gradscale.store.results import Run as Run
     from gradscale.store.results import open_run as open_run
@@ -37,10 +41,14 @@ _HOMES = {
     "Coherence": "gradscale.measures.coherence",
     "Dispersion": "gradscale.measures.dispersion",
     "GaussianWidth": "gradscale.measures.gaussian_width",
+    "width_of_gram": "gradscale.measures.gram_width",
     "Estimate": "gradscale.measures.measure",
     "MicroBatch": "gradscale.measures.measure",
+    "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
+    "tuple_width": "gradscale.run.widths",
+    "width": "gradscale.run.widths",
     "GaussianSketch": "gradscale.sketches.gaussian",
     "Run": "gradscale.store.results",
     "open_run": "gradscale.store.results",

@@ -50,7 +50,8 @@ def measure(
     threads_per_worker: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
     shard_size: Annotated[int, typer.Option(help="Examples of one shard: the unit of commitment and retry.")] = 256,
     microbatch: Annotated[int, typer.Option(help="Examples of one forward and backward pass.")] = 32,
-    sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K.")] = None,
+    sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K or identity.")] = None,
+    sketch_dtype: Annotated[str, typer.Option(help="What sketches are stored in: float32 or float16.")] = "float32",
     params: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches this regex.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="A parameter, by name, that is not to be measured; may be repeated.")
@@ -84,6 +85,7 @@ def measure(
             task_options=options,
             exclude=exclude or (),
             on_progress=on_progress,
+            sketch_dtype=sketch_dtype,
         )
     typer.echo(f"{run.path}: {len(run.estimates())} estimates; see them with: gradscale show {out}")
 
@@ -102,6 +104,7 @@ def plan(
     shard_size: Annotated[int, typer.Option(help="As for measure.")] = 256,
     microbatch: Annotated[int, typer.Option(help="As for measure.")] = 32,
     sketch: Annotated[str | None, typer.Option(help="As for measure.")] = None,
+    sketch_dtype: Annotated[str, typer.Option(help="As for measure.")] = "float32",
     params: Annotated[str | None, typer.Option(help="As for measure.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
     task_option: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
@@ -127,7 +130,7 @@ def plan(
         typer.echo(line)
     dense = parse_sketch(sketch, seed=0) if sketch else None
     count = len(found) if checkpoint else steps
-    cost = forecast(subject, statistics_of(parse_measures(measures)), dense, microbatch, count)
+    cost = forecast(subject, statistics_of(parse_measures(measures)), dense, microbatch, count, sketch_dtype)
     for line in forecast_lines(cost, gpus or workers, shard_size):
         typer.echo(line)
 

@@ -34,8 +34,9 @@ class Task(Protocol):
     """What is measured. Any importable or picklable object with these three methods.
 
     Optional methods, called only by the measures that need them: `labels(batch) -> [B]` integer
-    classes, for per-class estimates and the `label` column. Its batch is as `examples` gave it; that of
-    `losses` is on the model's device.
+    classes, for per-class estimates and the `label` column; `features(model, batch) -> [B, F]`, what the last
+    layer is given, for the featurizer width. The batch of `labels` is as `examples` gave it; that of `losses` and
+    `features` is on the model's device.
     """
 
     def model(self, checkpoint: str | None) -> nn.Module:

@@ -66,6 +66,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--shard-size", type=int, default=256, help="examples of one shard")
     parser.add_argument("--microbatch", type=int, default=32, help="examples of one forward and backward pass")
     parser.add_argument("--sketch", help="store a sketch of every gradient: NAME:K")
+    parser.add_argument("--sketch-dtype", default="float32", help="what sketches are stored in: float32 or float16")
     parser.add_argument("--params", help="a regular expression for the parameters to measure")
     parser.add_argument("--seed", type=int, default=0, help="of the sketch")
     return parser.parse_args(arguments)
@@ -82,6 +83,7 @@ def measure(given: argparse.Namespace) -> gs.Run:
         microbatch=given.microbatch,
         shard_size=given.shard_size,
         sketch=given.sketch,
+        sketch_dtype=given.sketch_dtype,
         params=given.params,
         seed=given.seed,
         gpus_per_worker=given.gpus_per_worker,

@@ -764,7 +764,7 @@ def compare(subject: Subject, found: Readings, exact: Mapping[str, Tensor], rtol
             assert not sums[c][name].any()  # of examples that are not finite alone
         for reading, total in projections.items():
             assert isinstance(reading.map, GaussianProbes | GaussianSketch)
-            total += grads @ reading.map.materialize(name, grads.shape[1]).double()
+            total += grads @ reading.map.materialize(name, (grads.shape[1], 1)).double()
     for reading, total in projections.items():
         error = float((found.projections[reading] - total).norm())
         rounding = 1e-6 if reading is SKETCH else 0.0  # its materialize() is float32 after the factor 1 / sqrt(K)

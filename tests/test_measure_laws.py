@@ -37,7 +37,7 @@ NAMES = list(SHAPES)
 P = sum(SHAPES.values())
 PROBES = 5
 STATISTICS: list[Statistic[Any]] = [MomentsStatistic(), MomentsStatistic(by_class=True), GaussianWidth(PROBES, seed=3)]
-EXACT = ("counts", "examples", "largest", "smallest")  # sums of integers, and maxima
+EXACT = ("counts", "examples", "largest", "smallest", "total")  # sums of integers, exact sums, and maxima
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 laws = settings(deadline=None, max_examples=40)
@@ -285,7 +285,7 @@ def test_extremes_of_coherence(rows: str, value: float, unbiased: float) -> None
 def products_of(data: Data, width: GaussianWidth) -> Array:
     """[n, N] from the probes' definition."""
     probes = GaussianProbes(width.num_probes, width.seed)
-    stacked = torch.cat([probes.materialize(name, size) for name, size in SHAPES.items()]).double().numpy()
+    stacked = torch.cat([probes.materialize(name, (size, 1)) for name, size in SHAPES.items()]).double().numpy()
     return data.grads @ stacked
 
 
@@ -319,7 +319,7 @@ def test_union_over_steps_is_the_width_of_the_stacked_set() -> None:
     steps = [Data.random(seed, sizes) for seed, sizes in enumerate([[3, 2], [4], [1, 6]])]
     found = width.compute_over_steps([data.state(width) for data in steps])
     stacked = np.concatenate([products_of(data, width) for data in steps])
-    assert set(found) == {("width", "union"), ("symmetrized", "union")}
+    assert set(found) == {("width", "union"), ("symmetrized", "union"), ("path_width", "union")}
     expect_mean_over_probes(found["width", "union"], (stacked - stacked.mean(0)).max(0), 16)
     expect_mean_over_probes(found["symmetrized", "union"], np.abs(stacked).max(0), 16)
     assert "examples@union" in found["width", "union"].definition

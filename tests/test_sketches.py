@@ -17,7 +17,8 @@ from gradscale.errors import GradscaleError
 from gradscale.grads import sweep
 from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterGrads, SharedGrads, materialize
 from gradscale.grads.readings import LinearMap
-from gradscale.sketches import Sketch, gaussian, parse_sketch
+from gradscale.sketches import BoundSketch, Sketch, blocks, parse_sketch
+from gradscale.sketches.count import CountSketch
 from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch
 from gradscale.sketches.philox import key_of, normals
 
@@ -49,7 +50,7 @@ def test_apply_is_the_product_with_materialize(make: Maps, kind: str) -> None:
     found = sketch.apply("a.weight", grads)
     assert found.shape == (3, 7)
     assert found.dtype == torch.float64
-    close(found, dense.double() @ sketch.materialize("a.weight", 20).double())
+    close(found, dense.double() @ sketch.materialize("a.weight", (20, 1)).double())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -63,17 +64,17 @@ def test_groups_blocks_and_cache_leave_the_map_as_it_is(make: Maps, kind: str, m
 
 
 def test_beyond_the_cache_the_bits_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gaussian, "_cache", {})
+    monkeypatch.setattr(blocks, "_cache", blocks.Cache())
     monkeypatch.setattr(sweep, "_PRODUCT_ENTRIES", 3)
     sketch, grads = GaussianSketch(7, seed=5), grads_of("dense")
     cached = [sketch.apply("a.weight", grads) for _ in range(2)]
-    assert len(gaussian._cache) == 7
-    budget = sum(block.nbytes for block in list(gaussian._cache.values())[:2])
+    assert len(blocks._cache.tensors) == 7
+    budget = sum(block.nbytes for block in list(blocks._cache.tensors.values())[:2])
     for bytes_kept, blocks_kept in ((0, 0), (budget, 2)):
-        monkeypatch.setattr(gaussian, "_cache", {})
-        monkeypatch.setattr(gaussian, "_CACHE_BYTES", bytes_kept)
+        monkeypatch.setattr(blocks, "_cache", blocks.Cache())
+        monkeypatch.setattr(blocks, "_CACHE_BYTES", bytes_kept)
         again = [sketch.apply("a.weight", grads) for _ in range(2)]
-        assert len(gaussian._cache) == blocks_kept
+        assert len(blocks._cache.tensors) == blocks_kept
         assert all(torch.equal(a, b) for a, b in zip(again, cached, strict=True))
 
 
@@ -92,7 +93,7 @@ def test_additive_over_parameters() -> None:
     for seed in range(SEEDS):
         sketch = GaussianSketch(16, seed)
         image = sketch.apply("a", DenseGrads(a)) + sketch.apply("b", DenseGrads(b))
-        stacked = torch.cat([sketch.materialize("a", 6), sketch.materialize("b", 9)]).double()
+        stacked = torch.cat([sketch.materialize("a", (6, 1)), sketch.materialize("b", (9, 1))]).double()
         close(image, torch.cat([a, b], dim=1) @ stacked)
         products += image @ image.T / SEEDS
     exact = a @ a.T + b @ b.T
@@ -103,24 +104,24 @@ def test_additive_over_parameters() -> None:
 
 def test_different_parameters_and_roles_and_seeds_have_different_maps() -> None:
     maps = [
-        GaussianSketch(5).materialize("a", 4) * math.sqrt(5),
-        GaussianSketch(5).materialize("b", 4) * math.sqrt(5),
-        GaussianSketch(5, seed=1).materialize("a", 4) * math.sqrt(5),
-        GaussianProbes(5).materialize("a", 4),
+        GaussianSketch(5).materialize("a", (4, 1)) * math.sqrt(5),
+        GaussianSketch(5).materialize("b", (4, 1)) * math.sqrt(5),
+        GaussianSketch(5, seed=1).materialize("a", (4, 1)) * math.sqrt(5),
+        GaussianProbes(5).materialize("a", (4, 1)),
     ]
     assert all(float((p - q).abs().max()) > 0.1 for i, p in enumerate(maps) for q in maps[:i])
 
 
 def test_the_map_is_the_one_that_is_documented() -> None:
     key = key_of("gaussian", 1, 9, "probe", "a")
-    assert torch.equal(GaussianProbes(5, seed=9).materialize("a", 4), normals(key, 0, 4, 5, torch.device("cpu")))
-    key = key_of("gaussian", 1, 9, "sketch", "a")
-    close(GaussianSketch(5, seed=9).materialize("a", 4), normals(key, 0, 4, 5, torch.device("cpu")).double() / 5**0.5)
+    assert torch.equal(GaussianProbes(5, seed=9).materialize("a", (4, 1)), normals(key, 0, 4, 5, torch.device("cpu")))
+    made = normals(key_of("gaussian", 1, 9, "sketch", "a"), 0, 4, 5, torch.device("cpu"))
+    close(GaussianSketch(5, seed=9).materialize("a", (4, 1)), made.double() / 5**0.5)
 
 
 def test_fewer_probes_are_the_first_ones() -> None:
     few, many = GaussianProbes(3, seed=2), GaussianProbes(8, seed=2)
-    assert torch.equal(few.materialize("a", 50), many.materialize("a", 50)[:, :3])
+    assert torch.equal(few.materialize("a", (50, 1)), many.materialize("a", (50, 1))[:, :3])
     close(few.apply("a", grads_of("outer")), many.apply("a", grads_of("outer"))[:, :3])
 
 
@@ -152,20 +153,23 @@ def test_probes_are_standard_normal_products() -> None:
 def test_a_scheme_says_what_makes_sketches_comparable() -> None:
     assert GaussianSketch(8, seed=3).scheme == {"name": "gaussian", "version": 1, "seed": 3, "dim": 8}
     assert isinstance(GaussianSketch(8), Sketch)
+    assert isinstance(GaussianSketch(8), BoundSketch)
     assert isinstance(GaussianProbes(8), LinearMap)
     assert {GaussianSketch(8, 3), GaussianSketch(8, 3)} == {GaussianSketch(8, 3)}
 
 
 def test_parse_sketch() -> None:
     assert parse_sketch("gaussian:32", seed=7) == GaussianSketch(32, seed=7)
-    assert parse_sketch("default:512", seed=0) == GaussianSketch(512, seed=0)
+    assert parse_sketch("default:512", seed=0) == CountSketch(512, seed=0)
 
 
 @pytest.mark.parametrize(
     "text", ["", "gaussian", "gaussian:", "gaussian:x", "gaussian:-3", "gaussian:2.5", "other:3", ":3"]
 )
 def test_parse_sketch_refuses(text: str) -> None:
-    with pytest.raises(GradscaleError, match=f"sketch must be NAME:K with NAME in gaussian, default.*, got '{text}'"):
+    with pytest.raises(
+        GradscaleError, match=f"sketch must be NAME:K with NAME in count, gaussian, .*default, got '{text}'"
+    ):
         parse_sketch(text, seed=0)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradscale.grads.capture import capture
 from gradscale.grads.coverage import Site
 from gradscale.grads.layer import LayerGrads, wide_dtype
-from gradscale.grads.sweep import Request, read
+from gradscale.grads.sweep import Fold, Request, read
 from gradscale.grads.waiting import Doubts, sent
 
 
@@ -42,6 +42,15 @@ class DenseMap(LinearMap, Protocol):
 
     def rows(self, parameter: str, start: int, stop: int, device: torch.device) -> Tensor:
         """[stop - start, K]: the rows of the matrix that belong to these entries of `parameter`."""
+        ...
+
+
+@runtime_checkable
+class TiledMap(LinearMap, Protocol):
+    """A linear map that reads the gradients' entries in the same sweep as everything else."""
+
+    def fold(self, parameter: str, shape: tuple[int, int], device: torch.device) -> Fold:
+        """The part of the map that belongs to `parameter`, of R x C entries."""
         ...
 
 
@@ -182,9 +191,14 @@ class _Reader:
             for reading, total in self.projections.items()
             if isinstance(reading.map, DenseMap)
         )
-        read(grads, Request(self._norms[self._row[name]], self._sums.of(name, grads.dtype), products))
+        folds = tuple(
+            (reading.map.fold(name, grads.shape[1:], grads.device), total)
+            for reading, total in self.projections.items()
+            if isinstance(reading.map, TiledMap)
+        )
+        read(grads, Request(self._norms[self._row[name]], self._sums.of(name, grads.dtype), products, folds))
         for reading, total in self.projections.items():
-            if not isinstance(reading.map, DenseMap):
+            if not isinstance(reading.map, DenseMap | TiledMap):
                 total += reading.map.apply(name, grads)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -32,24 +32,40 @@ _PAIR_COST = 5.0  # the same in the small Gram matrices of experts
 _GRAM_COST = 1.5  # multiplications of a tile for which one of a Gram matrix, which is smaller, can be had
 
 
+class Fold(Protocol):
+    """A linear map of one parameter's gradients to K numbers, that reads them where they are."""
+
+    def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
+        """Add the images of entries start, start + 1, ... of gradients [b, p] to `total` [b, K] float64.
+
+        `dense` may be overwritten.
+        """
+        ...
+
+    def add_rows(self, ids: Tensor, grads: Tensor, total: Tensor) -> None:
+        """The same for gradients of a table, whose rows `ids` [B, T] receive `grads` [B, T, C]."""
+        ...
+
+
 class Request(NamedTuple):
     """What to read from one parameter; everything is added to what the tensors hold already."""
 
     norms: Tensor | None  # [B] float64: squared norms
     sums: tuple[tuple[Tensor | None, Tensor], ...]  # weights [B] (None: one each), total [P]
     products: tuple[tuple[Callable[[int, int], Tensor], Tensor], ...]  # rows start:stop of [P, N]; total [B, N]
+    folds: tuple[tuple[Fold, Tensor], ...] = ()  # total [B, K] float64
 
 
 def read(grads: LayerGrads, request: Request) -> None:
     """Add what `request` asks for to its tensors."""
-    factors = factors_of(grads)
+    factors, by_entries = factors_of(grads), bool(request.products or request.folds)
     if isinstance(grads, DenseGrads):
         _read_dense(grads, request)
-    elif isinstance(grads, EmbeddingGrads) and not request.products:
+    elif isinstance(grads, EmbeddingGrads) and not request.products and not (request.folds and _is_short(grads)):
         _read_embedding(grads, request)
-    elif isinstance(grads, ExpertGrads) and not request.products and _pairs_are_cheaper(grads, request):
+    elif isinstance(grads, ExpertGrads) and not by_entries and _pairs_are_cheaper(grads, request):
         _read_assignments(grads, request)
-    elif factors and not request.products and _factors_are_cheaper(factors, request):
+    elif factors and not by_entries and _factors_are_cheaper(factors, request):
         _read_factors(factors, request)
     else:
         _sweep(grads, request)
@@ -108,14 +124,18 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
         _add_sum(dense, None if weights is None else weights[examples], total[start:stop])
     for block, total in request.products:
         total[examples].add_(dense @ block(start, stop).to(dense.dtype))
+    for i, (fold, total) in enumerate(request.folds):
+        fold.add_tile(dense if i == len(request.folds) - 1 else dense.clone(), start, total[examples])
 
 
 def _squares(dense: Tensor) -> Tensor:
     """[b] float64: squared norms. Runs of entries are added up in the tensor's dtype: more would lose digits."""
     whole = dense.shape[1] // _RUN * _RUN
-    runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
-    rest = torch.linalg.vector_norm(dense[:, whole:], dim=1)
-    return runs.double().square_().sum(dim=1) + rest.double().square_()
+    total: Tensor = torch.linalg.vector_norm(dense[:, whole:], dim=1).double().square_()
+    if whole:
+        runs = torch.linalg.vector_norm(dense[:, :whole].unflatten(1, (-1, _RUN)), dim=2)
+        total += runs.double().square_().sum(dim=1)
+    return total
 
 
 def _add_sum(dense: Tensor, weights: Tensor | None, total: Tensor) -> None:
@@ -129,9 +149,11 @@ def _read_dense(grads: DenseGrads, request: Request) -> None:
     dense = widen(grads.grads)
     everyone = slice(0, len(dense))
     if request.norms is not None:
-        request.norms.add_(torch.linalg.vector_norm(dense, dim=1, dtype=torch.float64).square_())
+        request.norms.add_(_squares(dense))
     for weights, total in request.sums:
         _add_sum(dense, weights, total)
+    for fold, folded in request.folds:
+        fold.add_tile(dense.clone(), 0, folded)
     for start in range(0, dense.shape[1] if request.products else 0, _PRODUCT_ENTRIES):
         part = dense[:, start : start + _PRODUCT_ENTRIES]
         _reduce(part, everyone, start, Request(None, (), request.products))
@@ -146,6 +168,13 @@ def _read_embedding(grads: EmbeddingGrads, request: Request) -> None:
     for weights, total in request.sums:
         weighted = positions if weights is None else positions * weights.to(positions.dtype)[:, None, None]
         total.view(rows, -1).index_add_(0, grads.ids.flatten(), weighted.flatten(0, 1))
+    for fold, total in request.folds:
+        fold.add_rows(grads.ids, positions, total)
+
+
+def _is_short(grads: EmbeddingGrads) -> bool:
+    """Whether the whole table has hardly more rows than an example has positions, as one of positions has not."""
+    return grads.num_rows <= 2 * grads.ids.shape[1]
 
 
 def _segment_sq_norms(ids: Tensor, positions: Tensor) -> Tensor:

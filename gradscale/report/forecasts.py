@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from gradscale.store.sketches import cosine_error
+
 if TYPE_CHECKING:
     from gradscale.grads.coverage import Coverage
     from gradscale.run.forecast import Forecast
@@ -33,8 +35,11 @@ def forecast_lines(cost: Forecast, workers: int, shard_size: int) -> Iterator[st
     if cost.passes > 1:
         yield f"          in {cost.passes} such passes, the second for sums of unit gradients"
     yield f"  rows    {_bytes(cost.row_bytes * total)} before compression"
-    if cost.sketch_bytes:
-        yield f"  sketches {_bytes(cost.sketch_bytes * total)}"
+    if cost.scheme is not None:
+        each = _bytes(cost.sketch_bytes * cost.examples)
+        yield f"  sketches {_bytes(cost.sketch_bytes * total)}, {each} for each checkpoint"
+        near, far = (cosine_error(cost.scheme, cosine) for cosine in (1.0, 0.0))
+        yield f"          standard error of a cosine, with exact norms: {far:.3g} near 0, {near:.3g} near 1 or -1"
     shards = -(-cost.examples // shard_size)
     yield f"  states  {_bytes(cost.state_bytes * shards)} for each checkpoint, until its shards are merged"
 

@@ -11,8 +11,8 @@ from typing import Any
 from gradscale.report.measured import Measured
 
 FIRST = (
-    "task", "task_options", "examples", "checkpoints", "parameters", "params", "measures", "sketch", "seed",
-    "microbatch", "shard_size", "device", "versions",
+    "task", "task_options", "examples", "checkpoints", "parameters", "params", "measures", "sketch", "sketch_dtype",
+    "seed", "microbatch", "shard_size", "device", "versions",
 )  # fmt: skip
 MOST_ITEMS = 8
 FINGERPRINT = 12  # characters that are shown; run.json has the rest

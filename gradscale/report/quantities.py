@@ -104,6 +104,33 @@ KNOWN = (
         "grad_norm", "mean", "Mean gradient norm", "mean gradient norm", "(1/n) Σ |gᵢ|",
         "The mean of the per-example gradient norms.", MEAN, plotted=False,
     ),
+    Quantity(
+        "sketch_error", "cosine_rms_error", "Error of the sketches' cosines", "error of the sketches' cosines",
+        "√ mean (⟨Sx, Sy⟩ / (|x| |y|) − cos)²",
+        "How far cosines from the stored sketches, with exact norms, are off: against exact products of the first "
+        "examples (at most 16) of every checkpoint. n is the number of pairs.",
+        "Standard error: delete-one-example jackknife.", plotted=False,
+    ),
+    Quantity(
+        "sketch_error", "cosine_expected_error", "Expected error of the sketches' cosines",
+        "expected error of the sketches' cosines", "√ mean (1 + cos²) / K",
+        "What a dense Gaussian sketch of the same dimension is expected to have, on the same pairs.", plotted=False,
+    ),
+    Quantity(
+        "sketch_error", "norm_bias", "Bias of the sketches' squared norms", "bias of the sketches' squared norms",
+        "mean |Sx|² / |x|² − 1",
+        "Zero on average over sketches; exact norms are used wherever there is one.", MEAN, plotted=False,
+    ),
+    Quantity(
+        "sketch_error", "zero_gradients", "Zero gradients among the examples compared", "number of zero gradients", "",
+        "They have no cosine and are left out of the three above.", plotted=False,
+    ),
+    Quantity(
+        "sketch_error", "entries_underflown", "Entries of sketches stored as zero", "share of entries stored as zero",
+        "",
+        "The share of a sketch's nonzero entries that its type cannot tell from zero, over the examples compared.",
+        plotted=False,
+    ),
 )  # fmt: skip
 
 

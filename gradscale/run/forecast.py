@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -13,8 +13,9 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.readings import passes
 from gradscale.measures.measure import Statistic
 from gradscale.run.check import check_subject
-from gradscale.run.shard import ShardResult, Subject, load_batch, needs_of, run_shard
+from gradscale.run.shard import ShardResult, Subject, bound, load_batch, needs_of, run_shard
 from gradscale.sketches import Sketch
+from gradscale.store.narrow import DTYPES, check_dtype
 
 
 class Forecast(NamedTuple):
@@ -26,8 +27,9 @@ class Forecast(NamedTuple):
     seconds: float  # an example, measured
     passes: int  # forward and backward, over every microbatch
     row_bytes: int  # an example and step, before compression
-    sketch_bytes: int
+    sketch_bytes: int  # an example and step
     state_bytes: int  # a shard, until its step is complete; by class, for the classes of one microbatch
+    scheme: Mapping[str, object] | None  # of the sketch
 
     def hours(self, workers: int) -> float:
         """With `workers` workers as fast as this one, all of them busy."""
@@ -35,12 +37,18 @@ class Forecast(NamedTuple):
 
 
 def forecast(
-    subject: Subject, statistics: Sequence[Statistic[Any]], sketch: Sketch | None, microbatch: int, steps: int
+    subject: Subject,
+    statistics: Sequence[Statistic[Any]],
+    sketch: Sketch | None,
+    microbatch: int,
+    steps: int,
+    sketch_dtype: str = "float32",
 ) -> Forecast:
     """Check the task as a run would, then time one microbatch, after one to warm up.
 
-    Raises: GradscaleError as `check_subject`, or if there is no example.
+    Raises: GradscaleError as `check_subject`, if there is no example, or if the sketch does not fit the parameters.
     """
+    mapped = bound(sketch, subject)
     examples = len(subject.examples)
     if not examples:
         raise GradscaleError("the dataset must have at least one example, got 0; check --data")
@@ -52,7 +60,7 @@ def forecast(
         subject.model.zero_grad(set_to_none=True)
 
     def measured() -> ShardResult:
-        return run_shard(subject, ids, 0, microbatch, statistics, sketch)
+        return run_shard(subject, ids, 0, microbatch, statistics, mapped)
 
     plain()
     states = measured().states  # both to warm up
@@ -61,10 +69,11 @@ def forecast(
         steps,
         _seconds(plain) / len(ids),
         _seconds(measured) / len(ids),
-        passes(needs_of(statistics, sketch)),
+        passes(needs_of(statistics, mapped)),
         8 * (len(subject.parameters) + 6),
-        4 * sketch.dim if sketch is not None else 0,
+        DTYPES[check_dtype(sketch_dtype)].itemsize * mapped.dim if mapped is not None else 0,
         sum(leaf.nbytes for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor)),
+        mapped.scheme if mapped is not None else None,
     )
 
 

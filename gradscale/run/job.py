@@ -30,6 +30,7 @@ from gradscale.run.pool import Failure, Pool
 from gradscale.run.worker import Description, Job
 from gradscale.sketches import Sketch, parse_sketch
 from gradscale.store.files import Files
+from gradscale.store.narrow import check_dtype
 from gradscale.store.results import Run
 from gradscale.store.store import PLAN, Store
 from gradscale.task import Task, check_task, load_task
@@ -72,13 +73,15 @@ def measure(
     task_options: Mapping[str, Any] | None = None,
     exclude: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
+    sketch_dtype: str = "float32",
 ) -> Run:
     """Measure per-example gradients of a task at every checkpoint, sharded over Ray actors, into the folder `out`.
 
     `checkpoints`: paths, globs or folders of checkpoints, whose step is the number in their name, or a mapping from
-    step to path; None measures the initial weights as step 0. `sketch` is a Sketch or NAME:K. `params` is a regular
-    expression for the parameters to measure, `exclude` names some that are not. `address` joins a running Ray cluster;
-    None starts one in this process, or joins RAY_ADDRESS.
+    step to path; None measures the initial weights as step 0. `sketch` is a Sketch, NAME:K or identity, stored as
+    `sketch_dtype` (float32 or float16), and its error is measured on a few examples of every step. `params` is a
+    regular expression for the parameters to measure, `exclude` names some that are not. `address` joins a running Ray
+    cluster; None starts one in this process, or joins RAY_ADDRESS.
 
     Raises: GradscaleError for what the user can put right; OutOfMemory with the microbatch size to try; ShardsFailed
     once all other shards are committed, if some raised on every attempt.
@@ -99,6 +102,7 @@ def measure(
         microbatch,
         threads_per_worker,
         "cuda" if gpus_per_worker else "cpu",
+        _sketch_dtype(sketch, sketch_dtype),
     )
     resources = Resources(threads_per_worker, gpus_per_worker)
     with ray_session(address, workers, resources), Pool(job, workers, resources) as pool:
@@ -171,14 +175,29 @@ def _plan(
         excluded=list(job.excluded),
         labels=description.labels,
         measures={measure.name: settings_of(measure) for measure in job.measures},
-        sketch=dict(job.sketch.scheme) if job.sketch is not None else None,
+        sketch=_scheme(job.sketch, description),
         seed=seed,
         shard_size=shard_size,
         microbatch=job.microbatch,
         threads_per_worker=job.threads,
         device=job.device,
         versions=description.versions,
+        sketch_dtype=job.sketch_dtype if job.sketch is not None else None,
     )
+
+
+def _scheme(sketch: Sketch | None, description: Description) -> dict[str, Any] | None:
+    if sketch is None:
+        return None
+    sizes = {name: math.prod(parameter["shape"]) for name, parameter in description.parameters.items()}
+    return dict(sketch.bind(sizes).scheme)
+
+
+def _sketch_dtype(sketch: Sketch | str | None, dtype: str) -> str:
+    """Raises: GradscaleError if there is no such type, or nothing to store in it."""
+    if sketch is None and check_dtype(dtype) != "float32":
+        raise GradscaleError(f"sketch_dtype must come with a sketch, got {dtype} without one; add --sketch NAME:K")
+    return check_dtype(dtype)
 
 
 def _identity(path: str | None) -> dict[str, str | None]:
@@ -196,6 +215,7 @@ def _measure_units(
     units = [unit for unit in plan.units() if (unit.step, unit.shard) not in committed]
     total = plan.examples * len(plan.steps)
     fresh, started = 0, time.monotonic()
+    underflown: Counter[str] = Counter()
     kept = total - sum(len(unit.ids) for unit in units)
 
     def tell() -> None:
@@ -206,10 +226,13 @@ def _measure_units(
         nonlocal fresh
         store.commit(record["step"], record["shard"], record)
         fresh += record["stop"] - record["start"]
+        underflown.update(record.get("underflown", {}))
         tell()
 
     tell()
     failures = pool.map("measure", [(plan, unit) for unit in units], commit)
+    if underflown["coarse"]:
+        _LOG.warning("%s", _underflow(underflown, plan.sketch_dtype))
     for failure in failures:
         unit = failure.item[1]
         record = {**dataclasses.asdict(unit), "attempts": failure.attempts, "error": str(failure.error)}
@@ -227,7 +250,7 @@ def _estimate(pool: Pool, store: Store, plan: Plan) -> None:
     if failures:
         raise failures[0].error
     order = {name: j for j, name in enumerate(plan.measures)}
-    store.write_estimates(sorted(rows, key=lambda row: (row[0], order[row[1]])))
+    store.write_estimates(sorted(rows, key=lambda row: (row[0], order.get(row[1], len(order)))))
 
 
 def _report_failures(failures: Sequence[Failure]) -> None:
@@ -238,6 +261,14 @@ def _report_failures(failures: Sequence[Failure]) -> None:
             f"{len(failures)} shards failed; the others are committed, and steps without all their shards have no "
             "estimates. Run the same command again to try them anew.\n  " + "\n  ".join(lines)
         )
+
+
+def _underflow(counts: Mapping[str, int], dtype: str | None) -> str:
+    return (
+        f"{counts['coarse']:,} entries of sketches are too small for all the digits of {dtype}, and "
+        f"{counts['zeroed']:,} of them are stored as 0; sketch_error in the estimates tells what that does to cosines, "
+        "--sketch-dtype float32 avoids it"
+    )
 
 
 def _covered(plan: Plan) -> str:

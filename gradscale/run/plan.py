@@ -58,6 +58,7 @@ class Plan:
     threads_per_worker: int
     device: str
     versions: Mapping[str, str]
+    sketch_dtype: str | None  # that sketches are stored in, if there are any
 
     @property
     def steps(self) -> list[int]:
@@ -90,8 +91,10 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Raises: GradscaleError if the text is not a plan."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            found = json.loads(text)
+            found.setdefault("sketch_dtype", "float32" if found.get("sketch") else None)  # of before there was a choice
+            return cls(**found)
+        except (ValueError, TypeError, AttributeError) as error:
             raise GradscaleError(f"run.json must hold the plan of a gradscale run, got {error}") from error
 
 

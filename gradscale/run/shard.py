@@ -22,7 +22,7 @@ from gradscale.grads.coverage import Site, select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
 from gradscale.grads.waiting import Doubts, sent
 from gradscale.measures.measure import MicroBatch, Statistic
-from gradscale.sketches import Sketch
+from gradscale.sketches import BoundSketch, Sketch
 from gradscale.task import Batch, Examples, Task
 
 
@@ -50,7 +50,7 @@ class Columns(NamedTuple):
     grad_sq_norm: Tensor  # [n] float64
     layer_sq_norms: Tensor  # [n, L] float64
     finite: Tensor  # [n] bool
-    sketch: Tensor | None  # [n, K] float32; meaningless where not finite
+    sketch: Tensor | None  # [n, K] float64; meaningless where not finite
 
 
 class ShardResult(NamedTuple):
@@ -90,13 +90,21 @@ def check_mode(model: nn.Module) -> None:
             )
 
 
+def bound(sketch: Sketch | None, subject: Subject) -> BoundSketch | None:
+    """The map of the subject's parameters.
+
+    Raises: GradscaleError if K does not fit them.
+    """
+    return sketch.bind({name: p.numel() for name, p in subject.parameters.items()}) if sketch is not None else None
+
+
 def run_shard(
     subject: Subject,
     ids: range,
     block: int,
     microbatch: int,
     statistics: Sequence[Statistic[Any]],
-    sketch: Sketch | None,
+    sketch: BoundSketch | None,
 ) -> ShardResult:
     """The rows and the measures' states of the examples `ids`; `block` is their jackknife block.
 
@@ -178,7 +186,7 @@ def labels_of(task: Task, batch: Batch) -> Tensor | None:
     return labels.long()
 
 
-def needs_of(statistics: Sequence[Statistic[Any]], sketch: Sketch | None) -> frozenset[Reading]:
+def needs_of(statistics: Sequence[Statistic[Any]], sketch: BoundSketch | None) -> frozenset[Reading]:
     """What is read from every microbatch."""
     asked: frozenset[Reading] = frozenset({SquaredNorms()}).union(*(statistic.needs for statistic in statistics))
     return asked | {Projected(sketch)} if sketch is not None else asked
@@ -243,7 +251,7 @@ def _finite_part(subject: Subject, ids: range, readings: Readings, labels: Tenso
     )
 
 
-def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Sketch | None) -> Columns:
+def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: BoundSketch | None) -> Columns:
     keep = readings.finite
     on_cpu: Columns = pytree.tree_map_only(
         Tensor,
@@ -255,7 +263,7 @@ def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Sket
             readings.sq_norms.sum(dim=1).where(keep, torch.nan),
             readings.sq_norms.where(keep[:, None], torch.nan),
             keep,
-            readings.projections[Projected(sketch)].float() if sketch is not None else None,
+            readings.projections[Projected(sketch)] if sketch is not None else None,
         ),
     )
     return on_cpu

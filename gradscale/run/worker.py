@@ -17,9 +17,21 @@ from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.plan import Plan, Unit
-from gradscale.run.shard import Subject, explaining_memory, labels_of, load_batch, prepare, run_shard
-from gradscale.sketches import Sketch
+from gradscale.run.shard import (
+    Columns,
+    ShardResult,
+    Subject,
+    bound,
+    explaining_memory,
+    labels_of,
+    load_batch,
+    prepare,
+    run_shard,
+)
+from gradscale.run.sketch_error import sketch_error
+from gradscale.sketches import BoundSketch, Sketch
 from gradscale.store.files import Files
+from gradscale.store.narrow import Narrowed, narrowed
 from gradscale.store.store import ShardColumns, Store
 from gradscale.task import Task, fingerprint
 
@@ -37,6 +49,7 @@ class Job:
     microbatch: int
     threads: int
     device: str
+    sketch_dtype: str = "float32"
 
 
 class Description(NamedTuple):
@@ -80,7 +93,7 @@ class Worker:
 
         Raises: GradscaleError if the task cannot be measured.
         """
-        subject, parameters = self._load(checkpoint)
+        subject, parameters, _ = self._load(checkpoint)
         examples = len(subject.examples)
         if not examples:
             raise GradscaleError("the dataset must have at least one example, got 0; check --data")
@@ -97,23 +110,26 @@ class Worker:
 
     def measure(self, plan: Plan, unit: Unit) -> dict[str, Any]:
         """Measure one shard and write its files; returns the content of its commit record."""
-        subject, parameters = self._load(plan.checkpoints[str(unit.step)]["path"])
+        subject, parameters, sketch = self._load(plan.checkpoints[str(unit.step)]["path"])
         if parameters != plan.parameters:
             raise GradscaleError(
                 f"every checkpoint must have the parameters of the first one, got others at step {unit.step}; "
                 "measure it into a run of its own"
             )
         job = self._job
-        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), job.sketch)
+        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), sketch)
+        stored = _narrowed(result.columns, job.sketch_dtype)
+        if sketch is not None and stored is not None:
+            result = self._with_sketches(subject, unit, result, stored, sketch)
         written = self._store.write_shard(
             unit.step,
             unit.shard,
             ShardColumns(*result.columns),
             flatten(result.states),
             list(plan.parameters),
-            job.sketch.scheme if job.sketch is not None else None,
+            sketch.scheme if sketch is not None else None,
         )
-        return {
+        record: dict[str, Any] = {
             "step": unit.step,
             "shard": unit.shard,
             "start": unit.start,
@@ -121,27 +137,50 @@ class Worker:
             "nonfinite": int((~result.columns.finite).sum()),
             "files": [list(file) for file in written],
         }
+        if stored is not None:
+            record["underflown"] = {"zeroed": int(stored.zeroed.sum()), "coarse": stored.coarse}
+        return record
+
+    def _with_sketches(
+        self, subject: Subject, unit: Unit, result: ShardResult, stored: Narrowed, sketch: BoundSketch
+    ) -> ShardResult:
+        """`result` with the sketches as they are stored and, in a step's first shard, their error."""
+        columns = result.columns._replace(sketch=stored.matrix)
+        if unit.shard:
+            return ShardResult(columns, result.states)
+        diagnostic = sketch_error(sketch.scheme)
+        state = diagnostic.sample(subject, unit.ids, self._job.microbatch, columns.finite, stored)
+        return ShardResult(columns, {**result.states, diagnostic: state})
 
     def estimate(self, plan: Plan, step: int) -> list[EstimateRow]:
-        return estimate_step(self._store, plan, self._job.measures, step)
+        measures = self._job.measures  # and the error of the sketches, if they are stored
+        diagnostics = () if plan.sketch is None else (sketch_error(plan.sketch),)
+        return estimate_step(self._store, plan, (*measures, *diagnostics), step)
 
     def estimate_over_steps(self, plan: Plan, steps: Sequence[int]) -> list[EstimateRow]:
         return estimate_over_steps(self._store, plan, self._job.measures, steps)
 
-    def _load(self, checkpoint: str | None) -> tuple[Subject, dict[str, Any]]:
-        """The model of `checkpoint` and its parameters for the plan, worked out once for all of its shards."""
+    def _load(self, checkpoint: str | None) -> tuple[Subject, dict[str, Any], BoundSketch | None]:
+        """The model of `checkpoint`, its parameters for the plan, and the sketch of them: once for all its shards."""
         if self._loaded is None or self._loaded.checkpoint != checkpoint:
             self._loaded = None  # free the one before
             job = self._job
             subject = prepare(job.task, checkpoint, job.params, job.device, job.excluded)
-            self._loaded = _Loaded(checkpoint, subject, _parameters(subject))
-        return self._loaded.subject, self._loaded.parameters
+            self._loaded = _Loaded(checkpoint, subject, _parameters(subject), bound(job.sketch, subject))
+        return self._loaded.subject, self._loaded.parameters, self._loaded.sketch
 
 
 class _Loaded(NamedTuple):
     checkpoint: str | None
     subject: Subject
     parameters: dict[str, Any]
+    sketch: BoundSketch | None
+
+
+def _narrowed(columns: Columns, dtype: str) -> Narrowed | None:
+    if columns.sketch is None:
+        return None
+    return narrowed(columns.sketch, columns.example_id, columns.finite, dtype)
 
 
 def _parameters(subject: Subject) -> dict[str, Any]:

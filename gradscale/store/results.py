@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ import pyarrow.parquet as pq
 
 from gradscale.errors import GradscaleError
 from gradscale.store.files import Files
+from gradscale.store.neighbours import neighbours
+from gradscale.store.products import BLOCK, GramBlock, check_comparable, cross_gram, gram, gram_blocks
+from gradscale.store.sketches import StoredSketches, as_matrix, check_file, locate
 from gradscale.store.store import ESTIMATES, PLAN, Store, file_name
 
 if TYPE_CHECKING:
@@ -72,33 +76,96 @@ class Run:
         return self._dataset("rows")
 
     def sketches(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids [n] and sketches [n, K] of the finite examples at `step`, by id.
+        """The ids [n] and sketches [n, K] of the finite examples at `step`, by id, in the stored type.
 
-        Raises: GradscaleError if the run has no such step or stored no sketches.
+        All of them in memory: `gram`, `gram_blocks` and `neighbours` need only a few at a time.
+        Raises: GradscaleError if the run has no such step or stored no sketches, or files of another scheme.
         """
-        self._check_step(step)
-        if self.plan["sketch"] is None:
-            raise GradscaleError(
-                f"run {self.path} must have been measured with sketch=NAME:K, got a run without sketches"
-            )
+        self._check_sketches([step])
         table = self._dataset("sketches", step).to_table()
-        column = table["sketch"]
-        whole = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
-        matrix = whole.flatten().to_numpy(zero_copy_only=True).reshape(len(table), -1)
-        return table["example_id"].to_numpy(), matrix
+        return table["example_id"].to_numpy(), as_matrix(table["sketch"])
 
-    def gram(self, step: int) -> np.ndarray:
+    def gram(
+        self, step: int, ids: Sequence[int] | np.ndarray | None = None, beside: Sequence[int] | np.ndarray | None = None
+    ) -> np.ndarray:
         """[n, n] float64 inner products of the finite examples' gradients at `step`, by id.
 
-        Off the diagonal they are estimated from the sketches; the diagonal holds the exact squared norms.
+        `ids` picks examples, in that order; with `beside` the columns are those of other examples. Between different
+        examples the products are estimated from the sketches; an example with itself has its exact squared norm. An
+        entry has the same bits whatever else is asked for. Memory: the matrix, of 1 GiB (11,585 examples) at most,
+        and the sketches of 2048 examples.
+        Raises: GradscaleError if the matrix would be larger, an id is unknown or not finite, or as `sketches`.
         """
-        _, matrix = self.sketches(step)
-        wide = matrix.astype(np.float64)
-        gram: np.ndarray = wide @ wide.T
-        condition = (ds.field("step") == step) & ds.field("finite")
-        exact = self._dataset("rows", step).to_table(columns=["grad_sq_norm"], filter=condition)
-        np.fill_diagonal(gram, exact["grad_sq_norm"].to_numpy())
-        return gram
+        stored = self._stored(step)
+        rows = _chosen(stored, ids)
+        if beside is not None:
+            return cross_gram(stored, stored, rows, stored.positions(beside), same=True)
+        return gram(stored, rows)
+
+    def gram_blocks(
+        self, step: int, size: int = BLOCK, ids: Sequence[int] | np.ndarray | None = None
+    ) -> Iterator[GramBlock]:
+        """The matrix `gram` in blocks (ids_a, ids_b, block) of at most `size` examples a side, of any n.
+
+        They are those of the upper triangle, the diagonal included; the others are their transposes. Memory: the
+        sketches of 2 `size` examples and a block, 48 MB for 1024 of 4096 float32, and a row group. Time: every sketch
+        is read n / (2 size) times.
+        Raises: GradscaleError as `gram`, but for size.
+        """
+        if not isinstance(size, int) or size < 1:
+            raise GradscaleError(f"size must be a whole number of at least 1, got {size!r}")
+        stored = self._stored(step)
+        return gram_blocks(stored, _chosen(stored, ids), size)
+
+    def cross_gram(
+        self,
+        other: Run,
+        step: int,
+        other_step: int | None = None,
+        ids: Sequence[int] | np.ndarray | None = None,
+        other_ids: Sequence[int] | np.ndarray | None = None,
+    ) -> np.ndarray:
+        """[n, m] float64 inner products of this run's gradients at `step` with those of `other` at `other_step`.
+
+        `other` may be this run at another step; `other_step` None is `step`. Rows and columns are the finite examples
+        by id, or `ids` and `other_ids`. Both runs must have sketched the same parameters with the same scheme.
+        Raises: GradscaleError naming what differs, or as `gram`.
+        """
+        there = step if other_step is None else other_step
+        _check_parameters(self, other)
+        left, right = self._stored(step), other._stored(there)
+        check_comparable(left, right)
+        same = self.files == other.files and step == there
+        return cross_gram(left, right, _chosen(left, ids), _chosen(right, other_ids), same)
+
+    def neighbours(
+        self, example_id: int, step: int | None = None, k: int = 10, by: str = "cosine", most_opposed: bool = False
+    ) -> pd.DataFrame:
+        """The k examples whose gradients point most the same way as that of `example_id`, the most aligned first.
+
+        One row each: example_id, label (if the run has them), loss, inner_product, inner_product_stderr, cosine and
+        cosine_stderr. `by` is "cosine" or "inner product"; `most_opposed` gives the lowest first. `step` may be left
+        out where the run has only one. Inner products are estimated from the sketches, with variance at most
+        (|x|^2 |y|^2 + <x, y>^2) / K for those that are no costlier than the dense Gaussian's; the norms in the cosine
+        are exact, so that it may come out a little above 1. Beside a zero gradient the cosine is undefined: NaN, and
+        last; `frame.attrs["zero_gradients"]` counts them.
+
+        Cost: one scan of the step's sketches, a row group in memory at a time.
+        Raises: GradscaleError if the example is unknown, not finite, or has a zero gradient and no cosine; or as
+        `sketches`.
+        """
+        if step is None and len(self.steps) > 1:
+            raise GradscaleError(f"step must be given where a run has several, {self.steps}, got None")
+        stored = self._stored(self.steps[0] if step is None else step)
+        (position,) = stored.positions([example_id])
+        found = neighbours(stored, int(position), k, by, most_opposed)
+        rows = self._dataset("rows", stored.step)
+        about = [name for name in ("example_id", "label", "loss") if name in rows.schema.names]
+        table = rows.to_table(columns=about, filter=ds.field("example_id").isin(found["example_id"].tolist()))
+        merged: pd.DataFrame = table.to_pandas().merge(found, on="example_id").set_index("example_id", drop=False)
+        merged = merged.loc[found["example_id"]].reset_index(drop=True)
+        merged.attrs = found.attrs
+        return merged
 
     def sql(self, query: str) -> pd.DataFrame:
         """A DuckDB query over the tables `rows`, `estimates` and, where stored, `sketches`."""
@@ -109,6 +176,7 @@ class Run:
             if self.files.exists(ESTIMATES):
                 connection.register("estimates", self._table(ESTIMATES))
             if self.plan["sketch"] is not None:
+                self._check_sketches(sorted({step for step, _ in Store(self.files).committed()}))
                 connection.register("sketches", self._dataset("sketches"))
             frame: pd.DataFrame = connection.execute(query).df()
         return frame
@@ -120,14 +188,43 @@ class Run:
 
     def _dataset(self, folder: str, step: int | None = None) -> ds.Dataset:
         """The committed files below `folder`, in the order of steps and shards."""
-        shards = [unit for unit in sorted(Store(self.files).committed()) if step is None or unit[0] == step]
-        if not shards:
-            raise GradscaleError(f"run {self.path} must have a committed shard, got none; run its command again")
-        paths = [self.files.path(file_name(folder, s, shard, "parquet")) for s, shard in shards]
+        paths = [self.files.path(name) for name in self._names(folder, step)]
         options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
         return ds.dataset(
             paths, filesystem=self.files.system, format=ds.ParquetFileFormat(default_fragment_scan_options=options)
         )
+
+    def _names(self, folder: str, step: int | None = None) -> list[str]:
+        """Of the committed files below `folder`, in the order of steps and shards."""
+        shards = [unit for unit in sorted(Store(self.files).committed()) if step is None or unit[0] == step]
+        if not shards:
+            raise GradscaleError(f"run {self.path} must have a committed shard, got none; run its command again")
+        return [file_name(folder, s, shard, "parquet") for s, shard in shards]
+
+    def _stored(self, step: int) -> StoredSketches:
+        """The sketches of `step`, to be read block by block."""
+        self._check_step(step)
+        plan = self.plan
+        self._check_sketched(plan)
+        rows = self._dataset("rows", step).to_table(columns=["example_id", "grad_sq_norm", "finite"])
+        names = self._names("sketches", step)
+        return locate(self.files, step, names, rows, plan["sketch"], _dtype(plan))
+
+    def _check_sketches(self, steps: Sequence[int]) -> None:
+        """Raises: GradscaleError if the run has no such step or stored no sketches, or files of another scheme."""
+        plan = self.plan
+        for step in steps:
+            self._check_step(step)
+            self._check_sketched(plan)
+            for name in self._names("sketches", step):
+                with self.files.system.open_input_file(self.files.path(name)) as source:
+                    check_file(name, pq.read_schema(source), plan["sketch"], _dtype(plan))
+
+    def _check_sketched(self, plan: dict[str, Any]) -> None:
+        if plan["sketch"] is None:
+            raise GradscaleError(
+                f"run {self.path} must have been measured with sketch=NAME:K, got a run without sketches"
+            )
 
     def _table(self, name: str) -> pa.Table:
         return pq.read_table(pa.BufferReader(self.files.read(name)), page_checksum_verification=True)
@@ -135,3 +232,31 @@ class Run:
     def _check_step(self, step: int) -> None:
         if step not in self.steps:
             raise GradscaleError(f"step must be one of {self.steps}, got {step}")
+
+
+def _chosen(stored: StoredSketches, ids: Sequence[int] | np.ndarray | None) -> np.ndarray:
+    """The positions of `ids`, or of all examples."""
+    return np.arange(len(stored.ids)) if ids is None else stored.positions(ids)
+
+
+def _dtype(plan: dict[str, Any]) -> str:
+    """Of the sketches; runs of before the choice have float32."""
+    return str(plan.get("sketch_dtype") or "float32")
+
+
+def _check_parameters(here: Run, there: Run) -> None:
+    """Raises: GradscaleError unless both runs measured parameters of the same names and shapes."""
+    ours, theirs = (
+        {name: tuple(about["shape"]) for name, about in run.plan["parameters"].items()} for run in (here, there)
+    )
+    wrong = [
+        f"{name} {ours.get(name, 'not measured')} here and {theirs.get(name, 'not measured')} there"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        raise GradscaleError(
+            f"gradients must be of the same parameters to be compared, got {'; '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''} ({here.path} and {there.path}); measure both "
+            "with the same params"
+        )

@@ -36,15 +36,16 @@ def rows(parameters: Sequence[str], *, labels: bool) -> pa.Schema:
     )
 
 
-def sketches(dim: int, scheme: Mapping[str, object]) -> pa.Schema:
+def sketches(dim: int, scheme: Mapping[str, object], dtype: str) -> pa.Schema:
     """One fixed-size row per finite example; the scheme that made it (name, version, seed, dim) is in the metadata."""
+    kind = {"float32": pa.float32(), "float16": pa.float16()}[dtype]
     return pa.schema(
         [
             _field("example_id", pa.int64(), "index in the dataset"),
             _field("step", pa.int64(), "optimizer step"),
-            _field("sketch", pa.list_(pa.float32(), dim), "loss units / parameter unit"),
+            _field("sketch", pa.list_(kind, dim), "loss units / parameter unit"),
         ],
-        metadata=_metadata(sketch=json.dumps(dict(scheme), sort_keys=True)),
+        metadata=_metadata(sketch=json.dumps(dict(scheme), sort_keys=True), sketch_dtype=dtype),
     )
 
 
@@ -58,7 +59,7 @@ def estimates() -> pa.Schema:
             _field("scope", pa.string(), "all | union | layer:<parameter> | class:<a>[,<b>]"),
             _field("value", pa.float64(), "see column unit"),
             _field("stderr", pa.float64(), "see column unit", nullable=True),
-            _field("n", pa.int64(), "examples"),
+            _field("n", pa.int64(), "examples; pairs of examples where the definition says so"),
             _field("status", pa.string(), "identity | estimator | heuristic | conditional"),
             _field("definition", pa.string(), ""),
             _field("unit", pa.string(), ""),

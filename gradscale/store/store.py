@@ -25,7 +25,8 @@ from gradscale.store.files import Files
 
 PLAN = "run.json"
 ESTIMATES = "estimates.parquet"
-_ROW_GROUP = 8192
+_ROW_GROUP = 8192  # rows
+_ROW_GROUP_BYTES = 16 << 20  # of sketches: 1024 of 4096 float32
 
 
 class ShardColumns(NamedTuple):
@@ -37,7 +38,7 @@ class ShardColumns(NamedTuple):
     grad_sq_norm: Tensor
     layer_sq_norms: Tensor
     finite: Tensor
-    sketch: Tensor | None
+    sketch: Tensor | None  # of the type that it is stored in
 
 
 class StoredFile(NamedTuple):
@@ -68,7 +69,8 @@ class Store:
         if columns.sketch is not None:
             assert scheme is not None
             table = _sketches(step, columns, scheme)
-            written.append(self._write(file_name("sketches", step, shard, "parquet"), _parquet(table)))
+            row_group = max(1, min(_ROW_GROUP, _ROW_GROUP_BYTES // columns.sketch[:1].nbytes))
+            written.append(self._write(file_name("sketches", step, shard, "parquet"), _parquet(table, row_group)))
         written.append(self._write(file_name("states", step, shard, "safetensors"), encode_states(states)))
         return written
 
@@ -178,7 +180,7 @@ def _sketches(step: int, columns: ShardColumns, scheme: Mapping[str, object]) ->
     assert columns.sketch is not None
     matrix = columns.sketch[columns.finite]
     ids = columns.example_id[columns.finite].numpy()
-    kind = schema.sketches(matrix.shape[1], scheme)
+    kind = schema.sketches(matrix.shape[1], scheme, str(matrix.dtype).removeprefix("torch."))
     steps = np.full(len(ids), step, dtype=np.int64)
     return pa.Table.from_arrays([pa.array(ids), pa.array(steps), _fixed_size_list(matrix)], schema=kind)
 
@@ -187,12 +189,12 @@ def _fixed_size_list(matrix: Tensor) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1).numpy()), matrix.shape[1])
 
 
-def _parquet(table: pa.Table) -> pa.Buffer:
+def _parquet(table: pa.Table, row_group: int = _ROW_GROUP) -> pa.Buffer:
     """zstd, page checksums, and a dictionary only for strings: float columns do not repeat."""
     text = [field.name for field in table.schema if pa.types.is_string(field.type)]
     sink = pa.BufferOutputStream()
     pq.write_table(
-        table, sink, compression="zstd", use_dictionary=text, row_group_size=_ROW_GROUP, write_page_checksum=True
+        table, sink, compression="zstd", use_dictionary=text, row_group_size=row_group, write_page_checksum=True
     )
     return sink.getvalue()
 

@@ -101,9 +101,14 @@ class DigitsViT(nn.Module):
         self.head = nn.Linear(width, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
-        tokens = self.positions(self.class_token(self.patches(_patches_of(images))))
-        scores: Tensor = self.head(self.norm(self.blocks(tokens))[:, 0])
+        scores: Tensor = self.head(self.features(images))
         return scores
+
+    def features(self, images: Tensor) -> Tensor:
+        """[B, E]: the class token's last state, which the head is given."""
+        tokens = self.positions(self.class_token(self.patches(_patches_of(images))))
+        states: Tensor = self.norm(self.blocks(tokens))
+        return states[:, 0]
 
 
 @dataclass(frozen=True)
@@ -160,6 +165,10 @@ class Digits:
 
     def labels(self, batch: Batch) -> Tensor:
         return batch["label"]
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        assert isinstance(model, DigitsViT)
+        return model.features(batch["image"])
 
 
 def _patches_of(images: Tensor) -> Tensor:
