@@ -51,9 +51,8 @@ from gradscale.grads.waiting import Doubts, refuse
 
 Read = Callable[[str, LayerGrads], None]
 
-_BLIND: frozenset[Rule] = frozenset(
-    {linear, conv1d, embedding, layer_norm, fused_experts}
-)  # rules that do not look at outputs
+# Rules that do not look at outputs.
+_BLIND: frozenset[Rule] = frozenset({linear, conv1d, embedding, layer_norm, fused_experts})
 
 
 def capture(

@@ -12,7 +12,7 @@ tile, P = R C, N outputs of a linear map.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -92,9 +92,9 @@ def dot(grads: LayerGrads, vectors: Tensor) -> Tensor:
     return total
 
 
-def _sweep(grads: LayerGrads, request: Request) -> None:
+def tiles(grads: LayerGrads, height: int, group: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Examples, rows, and their gradients [b, r, C], of at most `group` and `height`; the next overwrites the tile."""
     batch, rows, columns = grads.shape
-    height, group = _tile_shape(grads, request)
     buffer = torch.empty(group * height * columns, dtype=grads.dtype, device=grads.device)
     for row in range(0, rows, height):  # outermost, so that a sum's block stays in the cache
         part = slice(row, min(row + height, rows))
@@ -103,7 +103,12 @@ def _sweep(grads: LayerGrads, request: Request) -> None:
             shape = (examples.stop - examples.start, part.stop - part.start, columns)
             tile = buffer[: math.prod(shape)].view(shape)
             grads.tile(examples, part, tile)
-            _reduce(tile.flatten(1), examples, part.start * columns, request)
+            yield examples, part, tile
+
+
+def _sweep(grads: LayerGrads, request: Request) -> None:
+    for examples, part, tile in tiles(grads, *_tile_shape(grads, request)):
+        _reduce(tile.flatten(1), examples, part.start * grads.shape[2], request)
 
 
 def _tile_shape(grads: LayerGrads, request: Request) -> tuple[int, int]:

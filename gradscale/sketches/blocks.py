@@ -8,13 +8,13 @@ Shapes: B examples, b of them in a tile, R rows and C columns of the parameter, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gradscale.grads import sweep
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import DenseMap
 from gradscale.grads.sweep import Request, read
@@ -62,17 +62,8 @@ def apply_rows(dense: DenseMap, parameter: str, grads: LayerGrads) -> Tensor:
 
 
 def tiles(grads: LayerGrads) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Examples, rows, and their gradients [b, r, C] in one buffer, which the next tile overwrites."""
+    """As `sweep.tiles`, of a size for maps that make several tensors of a tile."""
     batch, rows, columns = grads.shape
     budget = _CPU_TILE if grads.device.type == "cpu" else _GPU_TILE
     height = min(rows, max(1, _TILE_ENTRIES // columns))
-    group = min(batch, max(1, budget // (columns * height)))
-    buffer = torch.empty(group * height * columns, dtype=grads.dtype, device=grads.device)
-    for row in range(0, rows, height):
-        part = slice(row, min(row + height, rows))
-        for example in range(0, batch, group):
-            examples = slice(example, min(example + group, batch))
-            shape = (examples.stop - examples.start, part.stop - part.start, columns)
-            tile = buffer[: math.prod(shape)].view(shape)
-            grads.tile(examples, part, tile)
-            yield examples, part, tile
+    return sweep.tiles(grads, height, min(batch, max(1, budget // (columns * height))))
