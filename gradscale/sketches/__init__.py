@@ -69,9 +69,14 @@ def parse_sketch(text: str, seed: int) -> Sketch:
 
 def check_comparable(a: Mapping[str, object], b: Mapping[str, object]) -> None:
     """Raises: GradscaleError naming the fields in which the schemes differ: products of such sketches mean nothing."""
-    differing = [f"{field} {a.get(field)} and {b.get(field)}" for field in {**a, **b} if a.get(field) != b.get(field)]
+    differing = [f"{field} {a.get(field)} and {b.get(field)}" for field in differing_fields(a, b)]
     if differing:
         raise GradscaleError(
             f"sketches that are compared must be of the same scheme, got {', '.join(differing)}; "
             "measure again with the same --sketch and --seed"
         )
+
+
+def differing_fields(a: Mapping[str, object], b: Mapping[str, object]) -> list[str]:
+    """In what two schemes differ; empty if sketches of the two may be compared."""
+    return [field for field in {**a, **b} if a.get(field) != b.get(field)]

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gradscale.errors import GradscaleError
+from gradscale.sketches import differing_fields
 from gradscale.store.files import Files
 
 
@@ -140,12 +141,7 @@ def check_file(name: str, schema: pa.Schema, scheme: Mapping[str, Any], dtype: s
 
 def scheme_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
     """What differs between two schemes, `name here and there`; empty if sketches of the two may be compared."""
-    names = dict.fromkeys([*here, *there])
-    return [
-        f"{name} {here.get(name)!r} here and {there.get(name)!r} there"
-        for name in names
-        if here.get(name) != there.get(name)
-    ]
+    return [f"{name} {here.get(name)!r} here and {there.get(name)!r} there" for name in differing_fields(here, there)]
 
 
 def cosine_error(scheme: Mapping[str, Any], cosine: float) -> float:
