@@ -409,18 +409,6 @@ def test_pinned_numbers() -> None:
     assert digest(second) == pytest.approx(GOLDEN_SECOND_BLOCK, abs=1e-3)
 
 
-def test_pinned_places_of_the_count_sketch() -> None:
-    """Of single entries, with their sign; as they came out when version 1 was made."""
-    few, many = (CountSketch(9, 7).materialize("a", shape) for shape in ((12, 5), (300, 100)))
-    assert [place(few[entry]) for entry in range(0, 60, 9)] == [-4, -4, 6, 4, 8, 0, -1]
-    assert [place(many[entry]) for entry in (0, 1, 4999, 5000, 29999)] == [-3, -7, -5, -7, 7]
-
-
-def place(row: Tensor) -> int:
-    """The number of the only entry that is not zero, times that entry."""
-    return int(row.abs().argmax()) * int(row.sum())
-
-
 # From a Philox, and the definitions, in plain Python integers and floats.
 GOLDEN: Mapping[str, list[float]] = {
     "rademacher": [-0.333333, -0.333333, -0.333333, -0.333333, -0.333333, -0.333333, 3196.667],

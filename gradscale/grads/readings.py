@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gradscale.grads.capture import capture
 from gradscale.grads.coverage import Site
 from gradscale.grads.layer import LayerGrads, wide_dtype
-from gradscale.grads.sweep import Fold, Request, read
+from gradscale.grads.sweep import Fold, Request, empty_sums, read
 from gradscale.grads.waiting import Doubts, sent
 
 
@@ -191,12 +191,15 @@ class _Reader:
             for reading, total in self.projections.items()
             if isinstance(reading.map, DenseMap)
         )
-        folds = tuple(
-            (reading.map.fold(name, grads.shape[1:], grads.device), total)
-            for reading, total in self.projections.items()
+        tiled = {
+            reading: reading.map.fold(name, grads.shape[1:], grads.device)
+            for reading in self.projections
             if isinstance(reading.map, TiledMap)
-        )
+        }
+        folds = tuple((fold, empty_sums(fold, grads)) for fold in tiled.values())
         read(grads, Request(self._norms[self._row[name]], self._sums.of(name, grads.dtype), products, folds))
+        for reading, (fold, sums) in zip(tiled, folds, strict=True):
+            fold.finish(sums, self.projections[reading])
         for reading, total in self.projections.items():
             if not isinstance(reading.map, DenseMap | TiledMap):
                 total += reading.map.apply(name, grads)

@@ -6,7 +6,7 @@ Where the factors alone give the reading for less (a Gram matrix over positions 
 product for sums, segments for embeddings), they are used instead; `_factors_are_cheaper` decides from (T, R, C).
 
 Shapes: B examples, b of them in a tile, T positions, R rows and C columns of the parameter, r rows in a
-tile, P = R C, N outputs of a linear map.
+tile, P = R C, N outputs of a linear map, w sums on the way to one.
 """
 
 from __future__ import annotations
@@ -33,17 +33,23 @@ _GRAM_COST = 1.5  # multiplications of a tile for which one of a Gram matrix, wh
 
 
 class Fold(Protocol):
-    """A linear map of one parameter's gradients to K numbers, that reads them where they are."""
+    """A linear map of one parameter's gradients to K numbers, that reads them where they are, by way of w sums."""
 
-    def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
-        """Add the images of entries start, start + 1, ... of gradients [b, p] to `total` [b, K] float64.
-
-        `dense` may be overwritten.
-        """
+    @property
+    def width(self) -> int:
+        """w."""
         ...
 
-    def add_rows(self, ids: Tensor, grads: Tensor, total: Tensor) -> None:
+    def add_tile(self, dense: Tensor, start: int, sums: Tensor) -> None:
+        """Add entries start, start + 1, ... of gradients [b, p] to their `sums` [b, w]. `dense` may be overwritten."""
+        ...
+
+    def add_rows(self, ids: Tensor, grads: Tensor, sums: Tensor) -> None:
         """The same for gradients of a table, whose rows `ids` [B, T] receive `grads` [B, T, C]."""
+        ...
+
+    def finish(self, sums: Tensor, total: Tensor) -> None:
+        """Add the images of the gradients that `sums` [B, w] are of to `total` [B, K] float64."""
         ...
 
 
@@ -53,7 +59,7 @@ class Request(NamedTuple):
     norms: Tensor | None  # [B] float64: squared norms
     sums: tuple[tuple[Tensor | None, Tensor], ...]  # weights [B] (None: one each), total [P]
     products: tuple[tuple[Callable[[int, int], Tensor], Tensor], ...]  # rows start:stop of [P, N]; total [B, N]
-    folds: tuple[tuple[Fold, Tensor], ...] = ()  # total [B, K] float64
+    folds: tuple[tuple[Fold, Tensor], ...] = ()  # sums [B, w] in the dtype of the tiles
 
 
 def read(grads: LayerGrads, request: Request) -> None:
@@ -90,6 +96,11 @@ def dot(grads: LayerGrads, vectors: Tensor) -> Tensor:
     total = torch.zeros(grads.shape[0], vectors.shape[1], dtype=torch.float64, device=grads.device)
     read(grads, Request(None, (), ((lambda start, stop: vectors[start:stop], total),)))
     return total
+
+
+def empty_sums(fold: Fold, grads: LayerGrads) -> Tensor:
+    """[B, w] zeros for a request's `folds`."""
+    return torch.zeros(grads.shape[0], fold.width, dtype=grads.dtype, device=grads.device)
 
 
 def tiles(grads: LayerGrads, height: int, group: int) -> Iterator[tuple[slice, slice, Tensor]]:
@@ -129,8 +140,8 @@ def _reduce(dense: Tensor, examples: slice, start: int, request: Request) -> Non
         _add_sum(dense, None if weights is None else weights[examples], total[start:stop])
     for block, total in request.products:
         total[examples].add_(dense @ block(start, stop).to(dense.dtype))
-    for i, (fold, total) in enumerate(request.folds):
-        fold.add_tile(dense if i == len(request.folds) - 1 else dense.clone(), start, total[examples])
+    for i, (fold, sums) in enumerate(request.folds):
+        fold.add_tile(dense if i == len(request.folds) - 1 else dense.clone(), start, sums[examples])
 
 
 def _squares(dense: Tensor) -> Tensor:
@@ -157,8 +168,8 @@ def _read_dense(grads: DenseGrads, request: Request) -> None:
         request.norms.add_(_squares(dense))
     for weights, total in request.sums:
         _add_sum(dense, weights, total)
-    for fold, folded in request.folds:
-        fold.add_tile(dense.clone(), 0, folded)
+    for fold, sums in request.folds:
+        fold.add_tile(dense.clone(), 0, sums)
     for start in range(0, dense.shape[1] if request.products else 0, _PRODUCT_ENTRIES):
         part = dense[:, start : start + _PRODUCT_ENTRIES]
         _reduce(part, everyone, start, Request(None, (), request.products))
@@ -173,8 +184,8 @@ def _read_embedding(grads: EmbeddingGrads, request: Request) -> None:
     for weights, total in request.sums:
         weighted = positions if weights is None else positions * weights.to(positions.dtype)[:, None, None]
         total.view(rows, -1).index_add_(0, grads.ids.flatten(), weighted.flatten(0, 1))
-    for fold, total in request.folds:
-        fold.add_rows(grads.ids, positions, total)
+    for fold, sums in request.folds:
+        fold.add_rows(grads.ids, positions, sums)
 
 
 def _is_short(grads: EmbeddingGrads) -> bool:

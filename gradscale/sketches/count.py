@@ -1,17 +1,18 @@
 """A count sketch that reads gradients at the speed of memory: a random modulus, and random places for what it leaves.
 
-A parameter's entries, in row-major order, get random signs and are added up modulo a random prime W, a sum over
-the rows of a matrix with W columns: nothing is moved entry by entry. The W sums, a small part of the entries, are cut
-into parts of K; the K sums of a part go to the K places in a random order, turned by a random number of the parameter's
-own. So two entries of one parameter meet with probability 1 / K, or, if their distance is a multiple of a prime that
-W is drawn from, with one over the number of those primes (464 or more) beside.
-A parameter of few entries goes without a modulus.
+Entry (r, c) of a parameter, the p-th in row-major order, gets the sign s(r) s'(c) s''(p mod W) and is added to sum
+p mod W of W, a random prime: a sum over the rows of a matrix with W columns, where nothing is moved entry by entry.
+The W sums, a small part of the entries, are cut into parts of K; the K sums of a part go to the K places in a random
+order, turned by a random number of the parameter's own. So two entries of one parameter meet with probability 1 / K,
+or, if their distance is a multiple of a prime that W is drawn from, with one over the number of those primes (464 or
+more) beside. Entries that share a sum differ in row and column, W being more than both (up to 262,144), so that
+products of s and s' do to the variance what a sign for each entry would. A parameter of few entries goes without a
+modulus, s and s'.
 
-Signs, primes, orders and turns are Philox words, keyed by (version, seed, role, parameter); a sign by row and column.
-Signs are kept within a memory budget for each process and made again from their counters beyond it.
+Signs, primes, orders and turns are Philox words, keyed by (version, seed, role, parameter).
 
 Shapes: B examples, b of them in a tile, T positions, R rows and C columns of a parameter, P = R C entries, p of them
-in a tile, K outputs, W sums.
+in a tile, K outputs, W sums, w of them with padding.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ import torch
 from torch import Tensor
 
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.sweep import Request, read
+from gradscale.grads.sweep import Request, empty_sums, read
 from gradscale.sketches.blocks import kept
 from gradscale.sketches.dimensions import check_dim, check_fits
 from gradscale.sketches.philox import Key, key_of
-from gradscale.sketches.words import signs, signs_of, words
+from gradscale.sketches.words import entry_signs, words
 
-VERSION = 1
+VERSION = 2
 _BLOCKS = 64  # of W entries of a large parameter
 _SMALLEST, _LARGEST = 1 << 12, 1 << 18  # W_0, below W
 _HOST = torch.device("cpu")
@@ -69,17 +70,21 @@ class CountSketch:
         return CountFold(self.dim, self.seed, parameter, rows, columns, device)
 
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
+        fold = self.fold(parameter, grads.shape[1:], grads.device)
+        sums = empty_sums(fold, grads)
+        read(grads, Request(None, (), (), ((fold, sums),)))
         total = torch.zeros(grads.shape[0], self.dim, dtype=torch.float64, device=grads.device)
-        read(grads, Request(None, (), (), ((self.fold(parameter, grads.shape[1:], grads.device), total),)))
+        fold.finish(sums, total)
         return total
 
     def materialize(self, parameter: str, shape: tuple[int, int]) -> Tensor:
         """[P, K] float32: the definition."""
         fold = self.fold(parameter, shape, _HOST)
         entry = torch.arange(shape[0] * shape[1])
+        sum_of = entry % fold.modulus
         matrix = torch.zeros(len(entry), self.dim)
-        matrix[entry, fold.buckets(entry)] = fold.signs(0, len(entry))
-        return matrix
+        matrix[entry, fold.places[sum_of]] = fold.sum_signs[sum_of]
+        return matrix if fold.is_small else matrix.mul_(fold.signs(0, len(entry))[:, None])
 
 
 @dataclass(frozen=True)
@@ -96,56 +101,85 @@ class CountFold:
     @property
     def modulus(self) -> int:
         """W."""
-        return _modulus(self.seed, self.parameter, self.rows * self.columns, self.dim)
-
-    def buckets(self, entries: Tensor) -> Tensor:
-        """Where the entries go, in 0 ... K - 1."""
-        places = _places(self.seed, self.dim, -(-self.modulus // self.dim), str(entries.device))
-        return (places[entries % self.modulus] + self._turn) % self.dim
-
-    def add_tile(self, dense: Tensor, start: int, total: Tensor) -> None:
-        stop = start + dense.shape[1]
-        if self.rows * self.columns <= _SMALLEST:  # a bias: as few calls as can be
-            places, sign = _of_few(self)
-            total.index_add_(1, places[start:stop], (dense * sign[start:stop]).double())
-            return
-        parts = -(-self.modulus // self.dim)
-        sums = dense.new_zeros(len(dense), parts * self.dim)
-        _add_modulo(dense.mul_(self.signs(start, stop)), start, sums[:, : self.modulus])
-        placed = sums.index_select(1, _sources(self.seed, self.dim, parts, str(self.device)))
-        total.add_(placed.view(len(dense), parts, self.dim).sum(dim=1).roll(self._turn, dims=1))
-
-    def add_rows(self, ids: Tensor, grads: Tensor, total: Tensor) -> None:
-        entries = ids[:, :, None] * self.columns + torch.arange(self.columns, device=ids.device)
-        signed = grads * signs_of(self._key, ids.flatten(), self.columns).view(grads.shape)
-        total.scatter_add_(1, self.buckets(entries).flatten(1), signed.flatten(1).double())
-
-    def signs(self, start: int, stop: int) -> Tensor:
-        """[stop - start] float32, 1 or -1, of these entries."""
-        first, last = start // self.columns, -(-stop // self.columns)
-        name = ("count", self._key, first, last, self.columns, str(self.device))
-        made = kept(name, lambda: signs(self._key, first, last, self.columns, self.device))
-        return made.flatten()[start - first * self.columns : stop - first * self.columns]
+        return _modulus(self.seed, self.parameter, self.rows, self.columns, self.dim)
 
     @property
-    def _key(self) -> Key:
-        return _key("sign", self.seed, self.parameter)
+    def is_small(self) -> bool:
+        """Whether W is P: then the signs s'' are all."""
+        return self.modulus == self.rows * self.columns
+
+    @property
+    def width(self) -> int:
+        """w: W, and in more than one part of K so much more that they are whole."""
+        return self.modulus if self.modulus <= self.dim else self._parts * self.dim
+
+    def add_tile(self, dense: Tensor, start: int, sums: Tensor) -> None:
+        stop = start + dense.shape[1]
+        if self.is_small:
+            sums[:, start:stop] += dense
+        else:
+            _add_modulo(dense.mul_(self.signs(start, stop)), start, sums[:, : self.modulus])
+
+    def add_rows(self, ids: Tensor, grads: Tensor, sums: Tensor) -> None:
+        entries = ids[:, :, None] * self.columns + torch.arange(self.columns, device=ids.device)
+        if not self.is_small:
+            row, column = self._factors
+            grads = grads * row[ids][:, :, None] * column
+        sums.scatter_add_(1, (entries % self.modulus).flatten(1), grads.flatten(1))
+
+    def finish(self, sums: Tensor, total: Tensor) -> None:
+        signed = sums * self.sum_signs
+        if self.width == self.modulus <= self.dim:
+            total.index_add_(1, self.places, signed.double())
+            return
+        placed = signed.index_select(1, _sources(self.seed, self.dim, self._parts, str(self.device)))
+        total += placed.view(len(sums), self._parts, self.dim).sum(dim=1).roll(self._turn, dims=1)
+
+    def signs(self, start: int, stop: int) -> Tensor:
+        """[stop - start] float32: s(r) s'(c) of these entries."""
+        first, last = start // self.columns, -(-stop // self.columns)
+
+        def make() -> Tensor:
+            row, column = self._factors
+            return torch.outer(row[first:last], column).flatten()
+
+        made = kept(("count", self._key("row"), first, last, self.columns, str(self.device)), make)
+        return made[start - first * self.columns : stop - first * self.columns]
+
+    @property
+    def sum_signs(self) -> Tensor:
+        """[w] float32: s'' of the sums."""
+        return self._signs("sum", self.width)
+
+    @property
+    def places(self) -> Tensor:
+        """[w]: where the sums go, in 0 ... K - 1."""
+        return (_places(self.seed, self.dim, self._parts, str(self.device))[: self.width] + self._turn) % self.dim
+
+    @property
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """[R] and [C] float32: s and s'."""
+        return self._signs("row", self.rows), self._signs("column", self.columns)
+
+    def _signs(self, role: str, size: int) -> Tensor:
+        key = self._key(role)
+        return kept(("count", key, size, str(self.device)), lambda: entry_signs(key, 0, size, self.device))
+
+    @property
+    def _parts(self) -> int:
+        return -(-self.modulus // self.dim)
 
     @property
     def _turn(self) -> int:
         return _turn(self.seed, self.parameter) % self.dim
 
+    def _key(self, role: str) -> Key:
+        return _key(role, self.seed, self.parameter)
+
 
 @lru_cache(maxsize=1 << 14)
 def _key(role: str, seed: int, *names: str | int) -> Key:
     return key_of("count", VERSION, seed, role, *names)
-
-
-@lru_cache(maxsize=4096)
-def _of_few(fold: CountFold) -> tuple[Tensor, Tensor]:
-    """[P] each: the places and the signs of all entries."""
-    entries = torch.arange(fold.rows * fold.columns, device=fold.device)
-    return fold.buckets(entries), fold.signs(0, len(entries))
 
 
 def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:
@@ -156,15 +190,24 @@ def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:
     if first:
         sums[:, start % size : start % size + first] += signed[:, :first]
     if whole > first:
-        sums += signed[:, first:whole].unflatten(1, (-1, size)).sum(dim=1)
+        _add_rows(signed[:, first:whole].unflatten(1, (-1, size)), sums)
     if whole < signed.shape[1]:
         sums[:, : signed.shape[1] - whole] += signed[:, whole:]
 
 
+def _add_rows(blocks: Tensor, sums: Tensor) -> None:
+    """Add the sums of `blocks` [b, n, W] over n to `sums` [b, W]."""
+    if blocks.device.type == "cpu":  # a product with ones is the faster sum
+        sums[:, None].baddbmm_(blocks.new_ones(1, 1, blocks.shape[1]).expand(len(blocks), -1, -1), blocks)
+    else:
+        sums += blocks.sum(dim=1)
+
+
 @lru_cache(maxsize=4096)
-def _modulus(seed: int, parameter: str, entries: int, dim: int) -> int:
+def _modulus(seed: int, parameter: str, rows: int, columns: int, dim: int) -> int:
     """A random prime from W_0 to 2 W_0, or P itself where W_0 is not much less."""
-    lowest = max(dim, _SMALLEST, min(entries // _BLOCKS, _LARGEST))
+    entries, longest = rows * columns, 1 + max(rows, columns) if rows > 1 else 0
+    lowest = max(dim, _SMALLEST, min(max(entries // _BLOCKS, longest), _LARGEST))
     if entries <= 4 * lowest:
         return entries
     for word in words(_key("modulus", seed, parameter), 0, 1 << 10, _HOST).tolist():
