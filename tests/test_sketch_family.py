@@ -36,6 +36,7 @@ from gradscale.sketches.gaussian import GaussianSketch
 from gradscale.sketches.identity import IdentityMap, IdentitySketch
 from gradscale.sketches.kronecker import KroneckerSketch
 from gradscale.sketches.rademacher import RademacherSketch
+from gradscale.sketches.sjlt import SjltSketch
 from gradscale.sketches.srht import SrhtSketch
 from gradscale.sketches.words import buckets, entry_signs, signs, words
 
@@ -52,6 +53,7 @@ def maps_of(dim: int, seed: int) -> dict[str, BoundSketch]:
         "count": CountSketch(dim, seed),
         "gaussian": GaussianSketch(dim, seed),
         "rademacher": RademacherSketch(dim, seed),
+        "sjlt": SjltSketch(dim, seed),
         "srht": SrhtSketch(dim, seed),
         "kronecker": KroneckerSketch(dim, seed),
         "kronecker 3": KroneckerSketch(dim, seed, rank=3),
@@ -210,14 +212,14 @@ def test_inner_products_and_norms_are_unbiased(scheme: str, kind: str, monkeypat
 
 
 @pytest.mark.parametrize("cosine", [1.0, 0.5, 0.0])
-@pytest.mark.parametrize("scheme", ["rademacher", "srht", "kronecker"])
+@pytest.mark.parametrize("scheme", ["rademacher", "sjlt", "srht", "kronecker"])
 def test_inner_products_of_vectors_have_the_stated_variance(
     scheme: str, cosine: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(srht, "_BLOCK", 16)
     x, y = pair(cosine)
     found = products(lambda seed: maps_of(6, seed)[scheme], DenseGrads(torch.stack([x, y])))
-    stated = {"rademacher": of_signs, "kronecker": of_signs, "srht": of_srht}[scheme](x, y, 6)
+    stated = of_srht(x, y, 6) if scheme == "srht" else of_signs(x, y, 6)
     check_variance(found, stated)
 
 
@@ -335,7 +337,9 @@ def test_dimensions_must_be_positive(name: str) -> None:
         parse_sketch(f"{name}:0", seed=0)
 
 
-def test_the_rank_must_be_positive() -> None:
+def test_the_rank_and_the_sparsity_must_be_positive() -> None:
+    with pytest.raises(GradscaleError, match="sparsity of an SJLT sketch must be at least 1, got 0"):
+        SjltSketch(4, sparsity=0)
     with pytest.raises(GradscaleError, match="rank of a Kronecker sketch must be at least 1, got 0"):
         KroneckerSketch(4, rank=0)
 
@@ -409,6 +413,15 @@ def test_pinned_numbers() -> None:
     assert digest(second) == pytest.approx(GOLDEN_SECOND_BLOCK, abs=1e-3)
 
 
+def test_a_column_of_sjlt_has_an_entry_in_each_of_its_blocks() -> None:
+    matrix = SjltSketch(10, 3, sparsity=4).materialize("a", (300, 100))  # blocks of 2, 3, 2, 3
+    for start, stop in ((0, 2), (2, 5), (5, 7), (7, 10)):
+        block = matrix[:, start:stop]
+        assert ((block != 0).sum(dim=1) == 1).all()
+        close(block.abs().sum(dim=1), torch.full((30_000,), math.sqrt((stop - start) / 10)))
+    assert not torch.equal(matrix[:, :2].abs(), matrix[:, 5:7].abs())
+
+
 # From a Philox, and the definitions, in plain Python integers and floats.
 GOLDEN: Mapping[str, list[float]] = {
     "rademacher": [-0.333333, -0.333333, -0.333333, -0.333333, -0.333333, -0.333333, 3196.667],
@@ -416,6 +429,15 @@ GOLDEN: Mapping[str, list[float]] = {
     "kronecker": [0.0, 0.0, 0.0, 0.0, 0.0, 1.0, -1909.0],
     "kronecker 3": [0.333333, -0.666667, 0.0, 0.0, 0.0, 0.666667, 262.0],
     "kronecker 7": [0.0, -0.377964, 0.0, 0.0, 0.377964, -0.755929, 3212.698],
+    "sjlt": [
+        0.0,
+        -0.471405,
+        0.0,
+        -0.471405,
+        0.0,
+        -0.471405,
+        -560.93,
+    ],  # as it came out: tests/test_count_sketch.py has the definition of its blocks
 }
 GOLDEN_SECOND_BLOCK = [-0.333333, -0.333333, -0.333333, -0.333333, 0.333333, -0.333333, 59.333]
 

@@ -14,6 +14,7 @@ from gradscale.sketches.gaussian import GaussianSketch
 from gradscale.sketches.identity import IdentitySketch
 from gradscale.sketches.kronecker import KroneckerSketch
 from gradscale.sketches.rademacher import RademacherSketch
+from gradscale.sketches.sjlt import SjltSketch
 from gradscale.sketches.srht import SrhtSketch
 
 
@@ -47,6 +48,7 @@ SKETCHES: dict[str, Callable[[int, int], Sketch]] = {
     "count": CountSketch,
     "gaussian": GaussianSketch,
     "rademacher": RademacherSketch,
+    "sjlt": SjltSketch,
     "srht": SrhtSketch,
     "kronecker": KroneckerSketch,
     "identity": IdentitySketch,
