@@ -52,6 +52,9 @@ def measure(
     microbatch: Annotated[int, typer.Option(help="Examples of one forward and backward pass.")] = 32,
     sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K or identity.")] = None,
     sketch_dtype: Annotated[str, typer.Option(help="What sketches are stored in: float32 or float16.")] = "float32",
+    probe_products: Annotated[
+        str, typer.Option(help="The pass that gives the width's products: backward, forward, or auto, the cheaper one.")
+    ] = "auto",
     params: Annotated[str | None, typer.Option(help="Measure only parameters whose name matches this regex.")] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="A parameter, by name, that is not to be measured; may be repeated.")
@@ -86,6 +89,7 @@ def measure(
             exclude=exclude or (),
             on_progress=on_progress,
             sketch_dtype=sketch_dtype,
+            probe_products=probe_products,
         )
     typer.echo(f"{run.path}: {len(run.estimates())} estimates; see them with: gradscale show {out}")
 
@@ -105,6 +109,7 @@ def plan(
     microbatch: Annotated[int, typer.Option(help="As for measure.")] = 32,
     sketch: Annotated[str | None, typer.Option(help="As for measure.")] = None,
     sketch_dtype: Annotated[str, typer.Option(help="As for measure.")] = "float32",
+    probe_products: Annotated[str, typer.Option(help="As for measure.")] = "auto",
     params: Annotated[str | None, typer.Option(help="As for measure.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
     task_option: Annotated[list[str] | None, typer.Option(help="As for measure.")] = None,
@@ -130,9 +135,11 @@ def plan(
         typer.echo(line)
     dense = parse_sketch(sketch, seed=0) if sketch else None
     count = len(found) if checkpoint else steps
-    cost = forecast(subject, statistics_of(parse_measures(measures)), dense, microbatch, count, sketch_dtype)
+    statistics = statistics_of(parse_measures(measures))
+    cost = forecast(subject, statistics, dense, microbatch, count, sketch_dtype, probe_products, shard_size)
     for line in forecast_lines(cost, gpus or workers, shard_size):
         typer.echo(line)
+    typer.echo(f"  probes  by the {cost.probe_products.way} pass: {cost.probe_products.why}")
 
 
 @app.command(epilog="Example: gradscale check --task causal-lm --model DIR --data text.jsonl --examples 8")

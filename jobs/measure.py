@@ -67,6 +67,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--microbatch", type=int, default=32, help="examples of one forward and backward pass")
     parser.add_argument("--sketch", help="store a sketch of every gradient: NAME:K")
     parser.add_argument("--sketch-dtype", default="float32", help="what sketches are stored in: float32 or float16")
+    parser.add_argument("--probe-products", default="auto", help="products with probes: auto, backward or forward")
     parser.add_argument("--params", help="a regular expression for the parameters to measure")
     parser.add_argument("--seed", type=int, default=0, help="of the sketch")
     return parser.parse_args(arguments)
@@ -84,6 +85,7 @@ def measure(given: argparse.Namespace) -> gs.Run:
         shard_size=given.shard_size,
         sketch=given.sketch,
         sketch_dtype=given.sketch_dtype,
+        probe_products=given.probe_products,
         params=given.params,
         seed=given.seed,
         gpus_per_worker=given.gpus_per_worker,

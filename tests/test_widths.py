@@ -41,7 +41,8 @@ from gradscale.measures.gram_width import (
 )
 from gradscale.measures.measure import Estimate
 from gradscale.run.features import featurizer_width
-from gradscale.run.forward import check_forward, columns, forward_is_cheaper, forward_products
+from gradscale.run.forward import forward_products
+from gradscale.run.probe_products import check_forward, forward_is_cheaper
 from gradscale.run.shard import Subject, load_batch, prepare, read_batch, run_shard
 from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.store.results import Run
@@ -95,7 +96,7 @@ def width_by_probes(subject: Subject, ids: range, width: GaussianWidth) -> dict[
 
 def width_by_forward(subject: Subject, ids: range, width: GaussianWidth) -> dict[str, Estimate]:
     probes = GaussianProbes(width.num_probes, width.seed)
-    state = state_of(forward_products(subject, load_batch(subject, ids), probes))
+    state = state_of(forward_products(subject, [load_batch(subject, ids)], probes))
     return {name: estimate for (name, _), estimate in width.compute(state).items()}
 
 
@@ -382,20 +383,20 @@ MODELS: dict[str, Callable[[], Task]] = {
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_forward_products_are_those_of_the_definition_and_of_the_reading(make: Callable[[], Task]) -> None:
     subject, ids, probes = subject_of(make()), range(3), GaussianProbes(6, seed=5)
-    found = forward_products(subject, load_batch(subject, ids), probes)
+    found = forward_products(subject, [load_batch(subject, ids)], probes)
     expected = gradients(subject, ids) @ probes_of(subject, probes)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     readings = read_batch(subject, load_batch(subject, ids), frozenset({Projected(probes)}))
     torch.testing.assert_close(found, readings.projections[Projected(probes)], rtol=1e-9, atol=1e-9)
-    check_forward(subject, ids)
+    check_forward(subject, ids, probes)
     again = {name: parameter for name, parameter in subject.model.named_parameters() if name in subject.parameters}
     assert all(again[name] is parameter for name, parameter in subject.parameters.items())  # all put back
 
 
-@pytest.mark.parametrize(("first", "last"), [(0, 4), (4, 6), (0, 1)])
+@pytest.mark.parametrize(("first", "last"), [(0, 4), (4, 6), (0, 1), (0, 6)])
 def test_columns_are_those_of_the_probes_to_the_bit(first: int, last: int) -> None:
     probes = GaussianProbes(6, seed=2)
-    found = columns(probes, "some.weight", first, last, 40_000, torch.device("cpu"))
+    found = probes.columns("some.weight", first, last, 40_000, torch.device("cpu"))
     assert torch.equal(found, probes.materialize("some.weight", (40_000, 1))[:, first:last])
 
 
@@ -419,7 +420,7 @@ class CutGraph(nn.Module):
 def test_detach_cuts_forward_mode_as_well() -> None:
     subject, probes = subject_of(at_hand(partial(CutGraph, "detach"), 4)), GaussianProbes(2)
     expected = gradients(subject, range(3)) @ probes_of(subject, probes)
-    torch.testing.assert_close(forward_products(subject, load_batch(subject, range(3)), probes), expected)
+    torch.testing.assert_close(forward_products(subject, [load_batch(subject, range(3))], probes), expected)
 
 
 @pytest.mark.parametrize("how", ["no_grad", "reentrant"])
@@ -427,7 +428,7 @@ def test_where_forward_mode_differs_the_check_finds_it(how: str) -> None:
     """Forward mode goes through torch.no_grad, and stops at a reentrant checkpoint."""
     subject = subject_of(at_hand(partial(CutGraph, how), 4))
     with pytest.raises(GradscaleError, match="forward mode must give the products of the backward pass, got"):
-        check_forward(subject, range(3))
+        check_forward(subject, range(3), GaussianProbes(2))
 
 
 class Opaque(torch.autograd.Function):
@@ -455,7 +456,7 @@ class WithOpaque(nn.Module):
 def test_an_operation_without_a_forward_derivative_is_refused() -> None:
     subject = subject_of(at_hand(WithOpaque, 4))
     with pytest.raises(GradscaleError, match=r"must have a forward derivative, got one without: .*take the products"):
-        forward_products(subject, load_batch(subject, range(3)), GaussianProbes(2))
+        forward_products(subject, [load_batch(subject, range(3))], GaussianProbes(2))
 
 
 def test_a_fused_recurrent_layer_has_a_forward_derivative_in_float64_alone() -> None:
@@ -463,21 +464,23 @@ def test_a_fused_recurrent_layer_has_a_forward_derivative_in_float64_alone() -> 
     task = at_hand(Recurrent, 5, 4)
     subject, probes = subject_of(task), GaussianProbes(2)
     expected = gradients(subject, range(3)) @ probes_of(subject, probes)
-    torch.testing.assert_close(forward_products(subject, load_batch(subject, range(3)), probes), expected)
+    torch.testing.assert_close(forward_products(subject, [load_batch(subject, range(3))], probes), expected)
     narrow = subject_of(ModelAtHand(task.net.float(), {**task.tensors, "x": task.tensors["x"].float()}, task.loss))
     with pytest.raises(GradscaleError, match=r"must have a forward derivative, got one without: .*mkldnn_rnn_layer"):
-        forward_products(narrow, load_batch(narrow, range(3)), probes)
+        forward_products(narrow, [load_batch(narrow, range(3))], probes)
 
 
 def test_the_choice_by_cost() -> None:
-    """Sequences: the backward pass, but for a probe alone. One position: forward mode, once the probes are not kept."""
-    sequences = partial(forward_is_cheaper, entries=10**6, batch=8, positions=128, batches=32)
-    assert not sequences(probes=64, cached=True)
-    assert not sequences(probes=64, cached=False)
-    assert sequences(probes=1, cached=True, passed=False)
+    """Forward mode only where the probes are not kept, and passes are short."""
     single = partial(forward_is_cheaper, entries=10**9, batch=8, positions=1, batches=32)
-    assert not single(probes=64, cached=True)
-    assert single(probes=64, cached=False)
+    assert single(probes=64, kept=0)
+    assert single(probes=64, kept=10**9)
+    assert not single(probes=64, kept=64 * 10**9)
+    assert not single(probes=64, kept=0, batches=1, batch=1024)
+    sequences = partial(forward_is_cheaper, entries=10**6, batch=8, positions=128, batches=32)
+    assert not sequences(probes=64, kept=64 * 10**6)
+    assert not sequences(probes=64, kept=0)
+    assert not sequences(probes=1, kept=10**6)
 
 
 # --- all ways together ------------------------------------------------------------------------------------------------

@@ -3,14 +3,15 @@
 One pass with the tangent v_j carries <g_i, v_j> for all B losses at once. No rule and no hook has a part in it, so that
 it also serves parameters that no rule covers, and is an independent check of those that one does.
 
-Shapes: B examples, P entries of all parameters, N probes, T positions at which an example uses a parameter.
+Shapes: B examples, n of several batches, P entries of all parameters, N probes, T positions of an example.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +20,27 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.readings import Projected
-from gradscale.run.shard import Subject, batch_size, load_batch, read_batch
-from gradscale.sketches.gaussian import VERSION, GaussianProbes
-from gradscale.sketches.philox import key_of, normal_of, philox
+from gradscale.grads.readings import Projected, Reading
+from gradscale.grads.waiting import sent
+from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.task import Batch
 
-_TOGETHER = 4  # probes held at a time: a call of Philox gives as many numbers
-_ROWS = 1 << 15  # of a probe made at a time
-_NORMAL_COST = 300  # multiply-adds that take as long as one normal from its counter, about
-_PASS_COST = 2  # a pass with a tangent, in forward passes
-_MASK = 0xFFFFFFFF
+if TYPE_CHECKING:
+    from gradscale.run.shard import Subject
+
+TOGETHER = 4  # probes held at a time: a call of Philox gives as many numbers
 _MISSING = ("forward ad", "forward mode", "jvp")  # in torch's messages about a derivative that it lacks
+_REMEDY = "take the products from the backward pass: --probe-products backward"
 
 
-def forward_products(subject: Subject, batch: Batch, probes: GaussianProbes) -> Tensor:
-    """[B, N] float64 on the subject's device: <g_b, v_j>, as the reading `Projected(probes)` has them, up to rounding.
+def forward_products(subject: Subject, batches: Sequence[Batch], probes: GaussianProbes) -> Tensor:
+    """[n, N] float64 on the subject's device: <g_i, v_j>, as the reading `Projected(probes)` has them, up to rounding.
 
-    Exact, with the same probes. Tied parameters have one tangent in all their uses. Attention by
-    scaled_dot_product_attention takes its MATH backend, which alone has a forward derivative: B heads T^2 scores are
-    held. Cost: N passes of about two forward passes each, N P normals; memory 4 P numbers beside two forward passes'.
+    Exact, with the same probes, for the examples of all `batches` one after another. Tied parameters have one tangent
+    in all their uses. Attention by scaled_dot_product_attention takes its MATH backend, which alone has a forward
+    derivative: B heads T^2 scores are held. The probes are the outer loop, so that those beyond the budget in which
+    they are kept are made once for all batches. Cost: N passes of three to four forward passes each, N P normals;
+    memory: 5 P numbers beside two forward passes' and the probes that are kept.
 
     Where a model computes under torch.no_grad, forward mode goes through though the backward pass does not; where it
     hides parameters from autograd inside a function of its own, as a reentrant checkpoint does, forward mode stops:
@@ -48,77 +50,55 @@ def forward_products(subject: Subject, batch: Batch, probes: GaussianProbes) -> 
     """
     _load_derivatives()
     caller = _Losses(subject)
-    rows = torch.zeros(batch_size(batch), probes.dim, dtype=torch.float64, device=subject.device)
-    for first in range(0, probes.dim, _TOGETHER):
-        last = min(first + _TOGETHER, probes.dim)
-        blocks = {
-            name: columns(probes, name, first, last, parameter.numel(), parameter.device)
-            for name, parameter in subject.parameters.items()
-        }
-        for j in range(last - first):
-            tangents = {
-                name: blocks[name][:, j].view(parameter.shape).to(parameter.dtype)
-                for name, parameter in subject.parameters.items()
-            }
-            rows[:, first + j] = _derivative(caller, batch, subject.parameters, tangents)
-    return rows
+    products = [
+        torch.cat([_derivative(caller, _there(batch, subject.device), subject.parameters, v) for batch in batches])
+        for v in _tangents(subject.parameters, probes)
+    ]
+    return torch.stack(products, dim=1)
 
 
-def check_forward(subject: Subject, ids: range, num_probes: int = 2) -> None:
-    """Hold forward mode to the backward pass on the examples `ids`, which should be few.
+def probes_in(readings: Iterable[Reading]) -> dict[Projected, GaussianProbes]:
+    """The readings that forward mode can take, with their probes."""
+    return {
+        reading: reading.map
+        for reading in readings
+        if isinstance(reading, Projected) and isinstance(reading.map, GaussianProbes)
+    }
 
-    Raises: GradscaleError if they differ: the model cuts its graph, or an operation's forward derivative is wrong.
+
+def finite_products(products: Tensor, finite: Tensor, ids: range) -> Tensor:
+    """[n, N] `products` of the examples `ids`, zero for those that are not `finite` [n], as the backward pass has them.
+
+    Raises: GradscaleError if those of a finite example are not: its tangents overflow where its gradient does not.
     """
-    probes = GaussianProbes(num_probes, seed=1)
-    batch = load_batch(subject, ids)
-    forward = forward_products(subject, batch, probes)
-    readings = read_batch(subject, batch, frozenset({Projected(probes)}))
-    backward = readings.projections[Projected(probes)]
-    eps = max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values())
-    allowed = 4 * eps**0.5 * readings.sq_norms.sum(dim=1).sqrt()  # of a product's size, which is |g_b|
-    wrong = ((forward - backward).abs() > allowed[:, None]).any(dim=1) & readings.finite
+    kept = products.where(finite[:, None], 0.0)
+    wrong = ~kept.isfinite().all(dim=1)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise GradscaleError(
-            f"forward mode must give the products of the backward pass, got {float(forward[row, 0]):.6g} for "
-            f"{float(backward[row, 0]):.6g} on example {ids[row]}; the model computes something under torch.no_grad() "
-            "or in a reentrant checkpoint: take the products from the backward pass"
+            f"the products of a finite gradient must be finite, got {kept[row].tolist()[:4]} in forward mode for "
+            f"example {ids[row]}; {_REMEDY}, and another --out"
         )
+    return kept
 
 
-def forward_is_cheaper(
-    entries: int, batch: int, positions: float, probes: int, cached: bool, batches: int, passed: bool = True
-) -> bool:
-    """Compare the multiply-adds of N products of each of B P-entry gradients, for one microbatch.
-
-    Backward: T B P for the gradients' tiles, N B P for the products, N P normals unless they are `cached`, and
-    2 T B P + T B P for the pass itself unless it is `passed` anyway. Forward: 2 N passes of T B P, and N P normals,
-    made once for the `batches` of a shard if the probes are the outer loop. `entries` is P, `positions` is T.
-
-    So for sequences forward mode wins only with a probe or two that nothing else is read beside; for T = 1, when the
-    probes outgrow the cache.
-    """
-    pass_ = positions * batch * entries
-    normals = _NORMAL_COST * probes * entries
-    backward = pass_ + probes * batch * entries + (0 if cached else normals) + (0 if passed else 3 * pass_)
-    return _PASS_COST * probes * pass_ + normals / batches < backward
+def _tangents(parameters: Mapping[str, nn.Parameter], probes: GaussianProbes) -> Iterator[dict[str, Tensor]]:
+    """One probe after another: the part of every parameter, in its shape and type."""
+    for first in range(0, probes.dim, TOGETHER):
+        last = min(first + TOGETHER, probes.dim)
+        blocks = {
+            name: probes.columns(name, first, last, parameter.numel(), parameter.device)
+            for name, parameter in parameters.items()
+        }
+        for j in range(last - first):
+            yield {
+                name: blocks[name][:, j].contiguous().view(parameter.shape).to(parameter.dtype)
+                for name, parameter in parameters.items()
+            }
 
 
-def columns(probes: GaussianProbes, parameter: str, first: int, last: int, size: int, device: torch.device) -> Tensor:
-    """[P, last - first] float32: probes `first` (a multiple of four) to `last` of a parameter with P = `size` entries.
-
-    The columns of `probes.materialize`, made without the others.
-    """
-    assert first % _TOGETHER == 0
-    assert last - first <= _TOGETHER
-    key = key_of("gaussian", VERSION, probes.seed, "probe", parameter)
-    found = torch.empty(size, last - first, device=device)
-    for start in range(0, size, _ROWS):
-        position = torch.arange(start, min(start + _ROWS, size), device=device)
-        block = torch.full_like(position, first // _TOGETHER)
-        words = philox(key, (position & _MASK, position >> 32, block, torch.zeros_like(block)))
-        found[start : start + _ROWS] = normal_of(torch.stack(words, dim=1)[:, : last - first])
-    return found
+def _there(batch: Batch, device: torch.device) -> Batch:
+    return {name: sent(tensor, device) for name, tensor in batch.items()}
 
 
 class _Losses(nn.Module):
@@ -137,7 +117,7 @@ def _derivative(
     caller: _Losses, batch: Batch, parameters: Mapping[str, nn.Parameter], tangents: Mapping[str, Tensor]
 ) -> Tensor:
     """[B] float64: the derivative of the losses along `tangents`."""
-    with _differentiable_attention(), torch.no_grad(), forward_ad.dual_level():
+    with differentiable_attention(), torch.no_grad(), forward_ad.dual_level():
         duals = {
             parameter: forward_ad.make_dual(parameter.detach(), tangents[name])
             for name, parameter in parameters.items()
@@ -149,13 +129,13 @@ def _derivative(
                 raise
             raise GradscaleError(
                 f"every operation must have a forward derivative, got one without: {str(error).splitlines()[0]}; "
-                "take the products from the backward pass"
+                f"{_REMEDY}"
             ) from error
         found: Tensor | None = forward_ad.unpack_dual(losses).tangent
     if found is None:
         raise GradscaleError(
             "the losses must depend on the measured parameters in forward mode, got losses that do not: a reentrant "
-            "checkpoint hides them, or they are not used; take the products from the backward pass"
+            f"checkpoint hides them, or they are not used; {_REMEDY}"
         )
     return found.double()
 
@@ -181,7 +161,7 @@ def _load_derivatives() -> None:
 
 
 @contextmanager
-def _differentiable_attention() -> Iterator[None]:
+def differentiable_attention() -> Iterator[None]:
     """Of the ways to compute attention, those that have a forward derivative."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

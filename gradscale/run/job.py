@@ -27,6 +27,7 @@ from gradscale.measures.settings import check_measures, json_values, plain_field
 from gradscale.run.cluster import Resources, ray_session
 from gradscale.run.plan import Plan, check_positive, differences
 from gradscale.run.pool import Failure, Pool
+from gradscale.run.probe_products import check_probe_products
 from gradscale.run.worker import Description, Job
 from gradscale.sketches import Sketch, parse_sketch
 from gradscale.store.files import Files
@@ -74,6 +75,7 @@ def measure(
     exclude: Sequence[str] = (),
     on_progress: Callable[[Progress], None] | None = None,
     sketch_dtype: str = "float32",
+    probe_products: str = "auto",
 ) -> Run:
     """Measure per-example gradients of a task at every checkpoint, sharded over Ray actors, into the folder `out`.
 
@@ -81,7 +83,8 @@ def measure(
     step to path; None measures the initial weights as step 0. `sketch` is a Sketch, NAME:K or identity, stored as
     `sketch_dtype` (float32 or float16), and its error is measured on a few examples of every step. `params` is a
     regular expression for the parameters to measure, `exclude` names some that are not. `address` joins a running Ray
-    cluster; None starts one in this process, or joins RAY_ADDRESS.
+    cluster; None starts one in this process, or joins RAY_ADDRESS. `probe_products` is the pass that products with
+    Gaussian probes come from: backward, forward (mode), or auto, the cheaper one that the model allows.
 
     Raises: GradscaleError for what the user can put right; OutOfMemory with the microbatch size to try; ShardsFailed
     once all other shards are committed, if some raised on every attempt.
@@ -103,12 +106,15 @@ def measure(
         threads_per_worker,
         "cuda" if gpus_per_worker else "cpu",
         _sketch_dtype(sketch, sketch_dtype),
+        check_probe_products(probe_products),
     )
     resources = Resources(threads_per_worker, gpus_per_worker)
     with ray_session(address, workers, resources), Pool(job, workers, resources) as pool:
-        description = pool.call("describe", steps[0].path)
+        description = pool.call("describe", steps[0].path, shard_size)
         plan = _plan(job, name, options, steps, description, seed, shard_size)
         _LOG.info("%s", _covered(plan))
+        if description.probe_products.way == "forward":
+            _LOG.info("products with probes come from forward mode: %s", description.probe_products.why)
         _check_workers(workers, plan)
         _check_labels(plan, job)
         adopt(store, plan)
@@ -183,6 +189,7 @@ def _plan(
         device=job.device,
         versions=description.versions,
         sketch_dtype=job.sketch_dtype if job.sketch is not None else None,
+        probe_products=description.probe_products.way,
     )
 
 

@@ -59,6 +59,7 @@ class Plan:
     device: str
     versions: Mapping[str, str]
     sketch_dtype: str | None  # that sketches are stored in, if there are any
+    probe_products: str = "backward"  # the pass that products with probes come from; once there was no other
 
     @property
     def steps(self) -> list[int]:

@@ -22,7 +22,9 @@ from gradscale.grads.coverage import Site, select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
 from gradscale.grads.waiting import Doubts, sent
 from gradscale.measures.measure import MicroBatch, Statistic
+from gradscale.run.forward import finite_products, forward_products, probes_in
 from gradscale.sketches import BoundSketch, Sketch
+from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.task import Batch, Examples, Task
 
 
@@ -105,12 +107,17 @@ def run_shard(
     microbatch: int,
     statistics: Sequence[Statistic[Any]],
     sketch: BoundSketch | None,
+    forward: bool = False,
 ) -> ShardResult:
     """The rows and the measures' states of the examples `ids`; `block` is their jackknife block.
 
-    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`.
+    With `forward`, products with probes come from forward mode, which takes passes of its own over the examples.
+    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients` and `forward_products`.
     """
-    readings, labels = _read_range(subject, ids, microbatch, needs_of(statistics, sketch))
+    needs = needs_of(statistics, sketch)
+    probes = probes_in(needs) if forward else {}
+    readings, labels = _read_range(subject, ids, microbatch, needs - probes.keys())
+    readings = _with_products(subject, ids, microbatch, readings, probes)
     batch = _finite_part(subject, ids, readings, labels, block)
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
@@ -224,6 +231,21 @@ def _read_range(
         if not spoilt.any():
             return readings, torch.cat(labels).to(subject.device) if labels else None
         exclude, found = exclude | spoilt, True
+
+
+def _with_products(
+    subject: Subject, ids: range, microbatch: int, readings: Readings, probes: Mapping[Projected, GaussianProbes]
+) -> Readings:
+    """`readings` and the products with `probes` by forward mode. The shard's batches are held on the host meanwhile."""
+    if not probes:
+        return readings
+    with explaining_memory(microbatch):
+        batches = [_fetched(subject, ids[start : start + microbatch]) for start in range(0, len(ids), microbatch)]
+        found = {
+            reading: finite_products(forward_products(subject, batches, vectors), readings.finite, ids)
+            for reading, vectors in probes.items()
+        }
+    return readings._replace(projections={**readings.projections, **found})
 
 
 def _joined(parts: Sequence[Readings]) -> Readings:

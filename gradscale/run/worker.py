@@ -17,6 +17,7 @@ from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.plan import Plan, Unit
+from gradscale.run.probe_products import Choice, choose
 from gradscale.run.shard import (
     Columns,
     ShardResult,
@@ -50,6 +51,7 @@ class Job:
     threads: int
     device: str
     sketch_dtype: str = "float32"
+    probe_products: str = "backward"  # or forward, or auto: see `probe_products.choose`
 
 
 class Description(NamedTuple):
@@ -60,6 +62,7 @@ class Description(NamedTuple):
     parameters: dict[str, Any]
     labels: bool
     versions: dict[str, str]
+    probe_products: Choice
 
 
 class Worker:
@@ -88,10 +91,10 @@ class Worker:
         """The process id: the worker is up."""
         return os.getpid()
 
-    def describe(self, checkpoint: str | None) -> Description:
+    def describe(self, checkpoint: str | None, shard_size: int) -> Description:
         """Load `checkpoint`, hold the hooks to autograd on its first examples, and say what the task is.
 
-        Raises: GradscaleError if the task cannot be measured.
+        Raises: GradscaleError if the task cannot be measured, or not by forward mode where that is asked for.
         """
         subject, parameters, _ = self._load(checkpoint)
         examples = len(subject.examples)
@@ -99,6 +102,8 @@ class Worker:
             raise GradscaleError("the dataset must have at least one example, got 0; check --data")
         with explaining_memory(self._job.microbatch):
             check_subject(subject, self._job.microbatch)
+            statistics = statistics_of(self._job.measures)
+            choice = choose(self._job.probe_products, subject, statistics, self._job.microbatch, shard_size)
         first = load_batch(subject, range(1))
         return Description(
             examples,
@@ -106,6 +111,7 @@ class Worker:
             parameters,
             labels_of(subject.task, first) is not None,
             _versions(self._job.device),
+            choice,
         )
 
     def measure(self, plan: Plan, unit: Unit) -> dict[str, Any]:
@@ -117,7 +123,8 @@ class Worker:
                 "measure it into a run of its own"
             )
         job = self._job
-        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics_of(job.measures), sketch)
+        statistics, forward = statistics_of(job.measures), plan.probe_products == "forward"
+        result = run_shard(subject, unit.ids, unit.block, job.microbatch, statistics, sketch, forward)
         stored = _narrowed(result.columns, job.sketch_dtype)
         if sketch is not None and stored is not None:
             result = self._with_sketches(subject, unit, result, stored, sketch)

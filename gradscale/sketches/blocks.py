@@ -50,6 +50,11 @@ def kept(name: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
     return _cache.get(name, make)
 
 
+def entries_kept() -> int:
+    """How many numbers of float32 a process keeps."""
+    return _CACHE_BYTES // 4
+
+
 def apply_rows(dense: DenseMap, parameter: str, grads: LayerGrads) -> Tensor:
     """[B, K] float64: the gradients times the map's matrix, block by block."""
     total = torch.zeros(grads.shape[0], dense.dim, dtype=torch.float64, device=grads.device)

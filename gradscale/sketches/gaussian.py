@@ -39,6 +39,15 @@ class GaussianProbes:
     def rows(self, parameter: str, start: int, stop: int, device: torch.device) -> Tensor:
         return _rows(_key("probe", self.seed, parameter), start, stop, self.dim, 1.0, device)
 
+    def columns(self, parameter: str, first: int, last: int, size: int, device: torch.device) -> Tensor:
+        """[P, last - first] float32: probes `first` (a multiple of four) to `last`, of a parameter of P = `size`.
+
+        Those of `materialize`, made without the others, and kept as `rows` are.
+        """
+        key = _key("probe", self.seed, parameter)
+        name = ("gaussian columns", key, first, last, size, str(device))
+        return kept(name, lambda: normals(key, 0, size, last - first, device, first))
+
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
         return apply_rows(self, parameter, grads)
 

@@ -49,17 +49,21 @@ def philox(key: Key, counters: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor
     return c0, c1, c2, c3
 
 
-def normals(key: Key, start: int, stop: int, dim: int, device: torch.device) -> Tensor:
-    """[stop - start, dim] float32 standard normals; row p and column k depend on the key, p and k alone."""
+def normals(key: Key, start: int, stop: int, dim: int, device: torch.device, first: int = 0) -> Tensor:
+    """[stop - start, dim] float32 standard normals; row p and column k depend on the key, p and k alone.
+
+    The columns are `first`, a multiple of four, and those after it.
+    """
+    assert first % 4 == 0, "a call of Philox gives four numbers"
     rows = max(1, _CACHE_WORDS // dim)  # as many as stay in the processor's cache
-    parts = [_normals(key, p, min(p + rows, stop), dim, device) for p in range(start, stop, rows)]
+    parts = [_normals(key, p, min(p + rows, stop), dim, device, first) for p in range(start, stop, rows)]
     return torch.cat(parts) if parts else torch.empty(0, dim, device=device)
 
 
-def _normals(key: Key, start: int, stop: int, dim: int, device: torch.device) -> Tensor:
+def _normals(key: Key, start: int, stop: int, dim: int, device: torch.device, first: int) -> Tensor:
     blocks = -(-dim // 4)
     position = torch.arange(start, stop, device=device).repeat_interleave(blocks)
-    block = torch.arange(blocks, device=device).repeat(stop - start)
+    block = torch.arange(first // 4, first // 4 + blocks, device=device).repeat(stop - start)
     words = philox(key, (position & _MASK, position >> 32, block, torch.zeros_like(block)))
     return normal_of(torch.stack(words, dim=1).view(stop - start, -1)[:, :dim])
 
