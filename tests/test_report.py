@@ -87,7 +87,33 @@ def some_estimates(alphas, steps=STEPS, n: int = 399, layers=LAYERS) -> list[tup
             width = factor * math.sqrt(trace)
             add(step, "gaussian_width", name, "all", width, 0.03 * width, unit)
             add(step, "gaussian_width", name, "union", factor * math.sqrt(30.0) + 0.1 * k, 0.4, unit)
+        add(step, "gaussian_width", "path_width", "union", 2.0 * math.sqrt(k), 0.1 * math.sqrt(k), unit)
     return rows
+
+
+def sketched(errors, dim: int = 512, steps=STEPS) -> list[tuple]:
+    """What a run with sketches adds; no error is known of what is expected."""
+    about = ("estimator", "sketch_error/v1, n pairs", "1")
+    return [
+        (step, "sketch_error", name, "all", value, stderr, 120, *about)
+        for step, error in zip(steps, errors, strict=True)
+        for name, value, stderr in (
+            ("cosine_rms_error", error, 0.1 * error),
+            ("cosine_expected_error", math.sqrt(1.1 / dim) if dim else 0.0, None),
+        )
+    ]
+
+
+def featured(steps=STEPS) -> list[tuple]:
+    return [
+        (step, "featurizer", "width", "all", 5.0 + k, 0.2, 399, "estimator", "featurizer/v1", "feature units")
+        for k, step in enumerate(steps)
+    ]
+
+
+def figure_titled(page_text: str, title: str) -> str:
+    """The figure of a page, as written."""
+    return next(part for part in page_text.split("<figure") if f"<h3>{title}</h3>" in part).partition("</figure>")[0]
 
 
 def demo(name: str = "demo-real", alphas=(0.31, 0.42, 0.35, 0.24, 0.16, 0.09), **more) -> FakeRun:
@@ -423,6 +449,63 @@ def test_a_measure_that_the_report_does_not_know_is_drawn(tmp_path):
     ]
     page = written(tmp_path, FakeRun("a", rows, some_rows((0, 1))))
     assert "The stiffness / cos of a rises from 0.000 ± 0.010 at step 0" in page.text
+
+
+# what stands beside a quantity, and what is over all checkpoints so far
+
+RMS, PATH = "Error of the sketches&#x27; cosines", "Gaussian width of the path"
+
+
+def page_with(tmp_path, more: list[tuple], steps=STEPS, name: str = "a", **others: list[tuple]) -> str:
+    runs = [
+        FakeRun(label, some_estimates([0.3] * len(steps), steps, layers=()) + rows, some_rows(steps, n=50))
+        for label, rows in {name: more, **others}.items()
+    ]
+    text = write_report(runs, tmp_path / "report.html").read_text(encoding="utf-8")
+    Reader(text)
+    return text
+
+
+def test_the_error_of_sketches_stands_beside_what_is_expected(tmp_path):
+    text = page_with(tmp_path, sketched([0.045, 0.046, 0.047, 0.046, 0.045, 0.2]), b=sketched([0.046] * 6))
+    figure = figure_titled(text, RMS)
+    assert "a dense Gaussian sketch</text>" in figure
+    assert (
+        "Over steps 0 to 256 the error of the sketches&#x27; cosines of a exceeds that of a dense Gaussian sketch at 1 "
+        "of 6 common checkpoints by more than two combined standard errors; the largest difference is 0.154 ± 0.020 at "
+        "step 256."
+    ) in figure
+    assert "of b and a dense Gaussian sketch agrees within two combined standard errors at all 6" in figure
+    assert "Expected error" not in figure
+
+
+def test_the_error_of_sketches_at_one_step(tmp_path):
+    figure = figure_titled(page_with(tmp_path, sketched([0.2], steps=(4,)), steps=(4,)), RMS)
+    assert "a dense Gaussian sketch</text>" in figure
+    assert "of a (0.200 ± 0.020) exceeds that of a dense Gaussian sketch (0.0463512 ± 0) by 0.154 ± 0.020" in figure
+
+
+def test_an_exact_sketch_has_nothing_to_be_measured_against(tmp_path):
+    figure = figure_titled(page_with(tmp_path, sketched([1e-8] * 6, dim=0)), RMS)
+    assert "a dense Gaussian sketch" not in figure
+
+
+def test_the_path_is_drawn_once_there_are_two_checkpoints(tmp_path):
+    figure = figure_titled(page_with(tmp_path, []), PATH)
+    assert "The Gaussian width of the path of a rises from 0 ± 0 at step 0 to 4.47 ± 0.22 at step 256." in figure
+    assert "union of checkpoints" not in figure  # it is one
+    alone = page_with(tmp_path, [], steps=(4,))
+    assert f"<h3>{PATH}</h3>" not in alone
+    assert f"<dt>{PATH}</dt>" in alone
+
+
+def test_the_featurizer_width_is_drawn_where_it_is(tmp_path):
+    with_it, without = page_with(tmp_path, featured()), page_with(tmp_path, [])
+    figure = figure_titled(with_it, "Gaussian width of the features")
+    assert "The Gaussian width of the features of a rises from 5.00 ± 0.20 at step 0 to 10.00 ± 0.20" in figure
+    assert "[feature units]" in figure
+    assert "Gaussian width of the features" not in without
+    assert "Not measured: error of the sketches&#x27; cosines." in without
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

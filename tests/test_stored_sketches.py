@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import tracemalloc
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from gradscale.store import products
 from gradscale.store.files import Files
 from gradscale.store.narrow import narrowed
 from gradscale.store.results import Run, open_run
-from gradscale.store.sketches import as_matrix
+from gradscale.store.sketches import RowGroup, StoredSketches, as_matrix
 from gradscale.store.store import PLAN, ShardColumns, Store
 
 N, DIM = 300, 40
@@ -143,8 +144,9 @@ def test_a_matrix_that_does_not_fit_is_refused(run, monkeypatch):
     message = r"a matrix of inner products must be of at most 0 MiB, got 298 x 298 .*; pass ids=, or iterate"
     with pytest.raises(gs.GradscaleError, match=message):
         run.gram(10)
-    with pytest.raises(gs.GradscaleError, match=r"got 298 x 298 examples"):
+    with pytest.raises(gs.GradscaleError, match=r"298 x 298 .* iterate over run.cross_gram_blocks\(other, step\)"):
         run.cross_gram(run, 10, 20)
+    assert sum(1 for _ in run.cross_gram_blocks(run, 10, 20, size=100)) == 9
     assert run.gram(10, ids=range(8, 100)).shape == (92, 92)
     assert sum(1 for _ in run.gram_blocks(10, size=100)) == 6
 
@@ -157,6 +159,7 @@ def test_what_cannot_be_asked_for(run):
         r"example 7 must have a finite loss and gradient to have a sketch": lambda: run.gram(10, ids=[7]),
         r"example ids must be whole numbers, got float64": lambda: run.gram(10, ids=[1.5]),
         r"size must be a whole number of at least 1, got 0": lambda: run.gram_blocks(10, size=0),
+        r"size must be a whole number of at least 1, got 1.5": lambda: run.cross_gram_blocks(run, 10, size=1.5),
         r"step must be one of \[10, 20\], got 30": lambda: run.neighbours(3, step=30),
         r"step must be given where a run has several, \[10, 20\], got None": lambda: run.neighbours(3),
         r"example id must be one of those measured .*, got -1": lambda: run.neighbours(-1, step=10),
@@ -166,6 +169,29 @@ def test_what_cannot_be_asked_for(run):
     }.items():
         with pytest.raises(gs.GradscaleError, match=message):
             ask()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 64, 1000])
+def test_a_scan_reads_every_row_group_once_and_ends_blocks_where_it_is_told(run, rows):
+    """Whatever the files; of chosen examples, only the groups that hold one. One group is held."""
+
+    class Counting(StoredSketches):
+        def _read(self, group: RowGroup) -> np.ndarray:
+            assert all(reference() is None for _, reference in read)
+            matrix = super()._read(group)
+            read.append((group, weakref.ref(matrix)))
+            return matrix
+
+    read: list[tuple[RowGroup, weakref.ref]] = []
+    stored = Counting(**vars(run.stored_sketches(10)))
+    matrix = run.sketches(10)[1]
+    for positions, groups in ((np.arange(298), [0, 1, 2]), (np.array([2, 90, 250, 251, 297]), [0, 2])):
+        blocks = list(stored.scan(positions, rows))
+        assert {len(block) for block in blocks[:-1]} <= {rows}
+        np.testing.assert_array_equal(np.concatenate(blocks), matrix[positions])
+        assert [stored.groups.index(group) for group, _ in read] == groups
+        read.clear()
+    assert list(stored.scan(np.arange(0), rows)) == []
 
 
 # two checkpoints, two runs
@@ -180,6 +206,24 @@ def test_two_checkpoints(run):
     np.testing.assert_array_equal(run.cross_gram(run, 10), run.gram(10))  # with its exact diagonal
 
 
+@pytest.mark.parametrize("size", [7, 128, 1000])
+def test_blocks_between_two_checkpoints_have_the_same_bits(run, size):
+    for there, asked, beside in ((20, None, None), (20, [299, 3, 100], [5]), (10, None, range(3, 7)), (20, [], [5])):
+        expected = run.cross_gram(run, 10, there, ids=asked, other_ids=beside)
+        found = list(run.cross_gram_blocks(run, 10, there, size, ids=asked, other_ids=beside))
+        rows = -(-expected.shape[0] // size)
+        assert len(found) == rows * -(-expected.shape[1] // size)
+        if not found:
+            continue
+        whole_rows = [found[i : i + len(found) // rows] for i in range(0, len(found), len(found) // rows)]
+        np.testing.assert_array_equal(np.block([[block for _, _, block in row] for row in whole_rows]), expected)
+        ids = run.sketches(10)[0]
+        ids_a = np.concatenate([row[0].ids_a for row in whole_rows])
+        np.testing.assert_array_equal(ids_a, ids if asked is None else asked)
+        ids_b = np.concatenate([block.ids_b for block in whole_rows[0]])
+        np.testing.assert_array_equal(ids_b, ids if beside is None else list(beside))
+
+
 def test_only_what_is_comparable_is_compared(run, tmp_path):
     same = write_run(tmp_path / "same", {10: random(20)})
     assert same.cross_gram(run, 10, 20).shape == (20, 298)
@@ -192,8 +236,9 @@ def test_only_what_is_comparable_is_compared(run, tmp_path):
     shapes = {"weight": SHAPES["weight"] | {"shape": [5, 3]}, "bias": {"shape": [3]}}
     model = write_run(tmp_path / "model", {10: random(20)}, shapes=shapes)
     message = r"same parameters to be compared, got weight \(3, 5\) here and \(5, 3\) there; bias not measured here"
-    with pytest.raises(gs.GradscaleError, match=message):
-        run.cross_gram(model, 10)
+    for ask in (run.cross_gram, run.cross_gram_blocks):
+        with pytest.raises(gs.GradscaleError, match=message):
+            ask(model, 10)
 
 
 @pytest.mark.parametrize("what", ["seed", "type"])
@@ -236,7 +281,8 @@ def test_neighbours(run):
             np.testing.assert_allclose(frame["inner_product_stderr"], stated)
             np.testing.assert_array_equal(frame["label"], ids[best] % 3)
             np.testing.assert_array_equal(frame["loss"], ids[best] / 10)
-            assert frame.attrs == {"zero_gradients": 0}
+            assert math.isnan(frame.attrs.pop("sketch_error"))
+            assert frame.attrs == {"zero_gradients": 0, "stderr_is": "stated"}
 
 
 def test_zero_gradients_have_no_cosine_and_are_never_first(tmp_path):
@@ -249,7 +295,7 @@ def test_zero_gradients_have_no_cosine_and_are_never_first(tmp_path):
         assert frame["cosine"].isna().tolist() == [False] * 3 + [True] * 2
         assert frame["cosine_stderr"].isna().tolist() == [False] * 3 + [True] * 2
         assert frame["inner_product"].tolist()[3:] == frame["inner_product_stderr"].tolist()[3:] == [0, 0]
-        assert frame.attrs == {"zero_gradients": 2}
+        assert frame.attrs["zero_gradients"] == 2
     message = r"example 1 must have a gradient other than zero to have a cosine with others, got a zero .*; use by="
     with pytest.raises(gs.GradscaleError, match=message):
         run.neighbours(1)
@@ -259,6 +305,39 @@ def test_zero_gradients_have_no_cosine_and_are_never_first(tmp_path):
 def test_the_identity_has_no_error(tmp_path):
     run = write_run(tmp_path / "run", {0: random(6)}, scheme=SCHEME | {"name": "identity"})
     assert (run.neighbours(0)["cosine_stderr"] == 0).all()
+
+
+def test_kronecker_sketches_have_the_measured_error_or_none(tmp_path):
+    matrix = random(6)
+    matrix[4] = 0
+    run = write_run(tmp_path / "run", {0: matrix, 8: matrix}, scheme=SCHEME | {"name": "kronecker"})
+    unknown = run.neighbours(0, step=0)
+    assert unknown["cosine_stderr"].isna().all()
+    assert unknown["inner_product_stderr"].tolist()[4] == 0  # with the zero gradient
+    assert unknown["inner_product_stderr"][:4].isna().all()
+    assert unknown.attrs["stderr_is"] == "measured"
+    assert math.isnan(unknown.attrs["sketch_error"])
+    about = ("all", 0.3, 0.01, 120, "estimator", "", "1")
+    Store(run.files).write_estimates([(0, "sketch_error", "cosine_rms_error", *about)])
+    measured = run.neighbours(0, step=0)
+    assert measured.attrs["sketch_error"] == 0.3
+    assert measured["cosine_stderr"][:4].tolist() == [0.3] * 4
+    lengths = measured["inner_product"][:4] / measured["cosine"][:4]
+    np.testing.assert_allclose(measured["inner_product_stderr"][:4], 0.3 * lengths)
+    assert math.isnan(run.neighbours(0, step=8).attrs["sketch_error"])  # that of another step is another one
+
+
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("name", ["kronecker", "count"])
+def test_the_measured_error_comes_with_the_neighbours_of_a_run(tmp_path, name):
+    run = gs.measure(Regression(), str(tmp_path / "run"), workers=1, measures=[], sketch=f"{name}:16")
+    found = run.estimates().set_index(["measure", "name"])["value"]
+    frame = run.neighbours(3)
+    assert frame.attrs["sketch_error"] == found["sketch_error", "cosine_rms_error"] > 0
+    assert frame.attrs["stderr_is"] == ("measured" if name == "kronecker" else "stated")
+    stated = np.sqrt((1 + np.clip(frame["cosine"], -1, 1) ** 2) / 16)
+    expected = np.full(10, frame.attrs["sketch_error"]) if name == "kronecker" else stated
+    np.testing.assert_allclose(frame["cosine_stderr"], expected)
 
 
 # files

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial, reduce
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ModelAtHand, Recurrent, SelfAttention, Toy, UsedTwice, conv_net, gradients_one_by_one
 from run_problems import FewDigits, Given, Regression, save_digits
+from test_stored_sketches import write_run
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -35,6 +40,8 @@ from gradscale.measures.gram_width import (
     Distortion,
     distortion_of_epsilon,
     distortion_of_gaussian_sketch,
+    distortion_of_sign_sketch,
+    distortion_of_variance,
     measured_distortion,
     sudakov_fernique,
     width_of_gram,
@@ -44,7 +51,12 @@ from gradscale.run.features import featurizer_width
 from gradscale.run.forward import forward_products
 from gradscale.run.probe_products import check_forward, forward_is_cheaper
 from gradscale.run.shard import Subject, load_batch, prepare, read_batch, run_shard
-from gradscale.sketches.gaussian import GaussianProbes
+from gradscale.run.widths import _interval
+from gradscale.sketches.count import CountSketch
+from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch
+from gradscale.sketches.philox import key_of, normals
+from gradscale.sketches.rademacher import RademacherSketch
+from gradscale.sketches.srht import SrhtSketch
 from gradscale.store.results import Run
 from gradscale.task import Task, TensorExamples
 
@@ -642,12 +654,155 @@ def test_the_path_of_a_run_is_in_its_estimates(run_and_gradients: tuple[Run, dic
     assert row["n"] == 2
 
 
+def stored_run(
+    folder: Path,
+    steps: Mapping[int, np.ndarray],
+    scheme: str = "gaussian",
+    shard: int = 1000,
+    nonfinite: tuple[int, ...] = (),
+    dtype: str = "float32",
+) -> Run:
+    """A run of these sketches [n, K], as `test_stored_sketches` writes them."""
+    about = {"name": scheme, "version": 1, "seed": 0, "dim": next(iter(steps.values())).shape[1]}
+    narrow = {step: matrix.astype(dtype) for step, matrix in steps.items()}
+    return write_run(folder, narrow, shard=shard, nonfinite=nonfinite, scheme=about)
+
+
+def test_no_bit_of_a_width_depends_on_the_shards_that_it_is_read_from(tmp_path: Path) -> None:
+    """Blocks span shards, and shards hold several blocks; not the same examples are finite at the two steps."""
+    matrix = np.random.default_rng(0).standard_normal((2500, 600))
+    steps = {0: matrix, 1: matrix + np.random.default_rng(1).standard_normal(matrix.shape)}
+    one, many = (stored_run(tmp_path / str(shard), steps, shard=shard, nonfinite=(7, 900)) for shard in (2500, 130))
+    for ids in (None, range(31, 2000, 3)):
+        assert gs.width(one, 0, ids, 50) == gs.width(many, 0, ids, 50)
+        assert gs.tuple_width(one, ids=ids) == gs.tuple_width(many, ids=ids)
+    kept = np.delete(matrix, [7, 900], axis=0).astype(np.float32).astype(np.float64)
+    h = normals(key_of("sketch width", 1, 0), 0, 50, 600, torch.device("cpu")).double().numpy()
+    products = kept @ h.T
+    expected = (products.max(axis=0) - products.mean(axis=0)).mean()
+    assert gs.width(one, 0, None, 50).width.value == pytest.approx(expected, rel=1e-12)
+    assert gs.width(one, 0, None, 50).symmetrized.value == pytest.approx(np.abs(products).max(axis=0).mean(), rel=1e-12)
+
+
+PEAK = """
+import sys
+import gradscale as gs
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+for folder in sys.argv[1:]:  # of the small run first, so that all is imported and every pool warm
+    run = gs.open_run(folder)
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
+    before = kib("VmRSS")
+    gs.width(run, 0, draws=64), gs.tuple_width(run, draws=100)
+print(kib("VmHWM") - before >> 10, "MiB")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux has it")
+def test_widths_of_many_sketches_are_found_in_little_memory(tmp_path: Path, environment: dict[str, str]) -> None:
+    """Two steps of 192 MiB each, which took 384 MiB and twice that in float64, within 240 MiB."""
+    rows, dim = 98_304, 512
+    matrix = np.random.default_rng(0).standard_normal((rows, dim), dtype=np.float32)
+    stored_run(tmp_path / "small", {0: matrix[:2000], 1: matrix[:2000]}, "count")
+    stored_run(tmp_path / "large", {0: matrix, 1: matrix[::-1].copy()}, "count", shard=rows // 3)
+    del matrix
+    command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "large")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[0]) < 240, done.stdout
+
+
+POINTS = {
+    "dense": np.random.default_rng(5).standard_normal((3, 300)),
+    "two entries": np.eye(2, 300) * [[1.0], [-1.0]],  # their difference is lost where the two entries meet
+    "rank one and close": np.outer([1.0, 1.1, -2.0], np.arange(300.0)) + np.eye(3, 300),
+}
+MAPS: dict[str, Callable[[int, int], Any]] = {
+    "gaussian": GaussianSketch,
+    "rademacher": RademacherSketch,
+    "srht": SrhtSketch,
+    "count": CountSketch,
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_what_is_known_of_a_scheme_covers_the_width_for_nearly_all_seeds(name: str) -> None:
+    """Of sets of two and three points, whose widths are exact on both sides."""
+    covered, dim, seeds = Counter[str](), 200, 100
+    for seed in range(seeds):
+        matrix = MAPS[name](dim, seed).materialize("w", (20, 15)).double().numpy()
+        for kind, points in POINTS.items():
+            sketches, exact = points @ matrix, exact_width(points @ points.T)
+            image = Estimate(exact_width(sketches @ sketches.T), 0.0, len(points), "estimator", "", "")
+            interval = _interval(image, {"name": name, "dim": dim}, 0.0)
+            assert interval is not None
+            covered[kind] += interval[0] <= exact * (1 + 1e-9) and exact <= interval[1] * (1 + 1e-9)
+    assert min(covered[kind] for kind in POINTS) >= 0.95 * seeds, covered
+
+
+def exact_width(gram: np.ndarray) -> float:
+    """Of three points or two: half the sum of their distances by sqrt(2 pi)."""
+    norms = np.diag(gram)
+    distances = np.sqrt(np.maximum(0, norms[:, None] + norms - 2 * gram))
+    return float(distances.sum() / 2 / math.sqrt(2 * math.pi) / (1 if len(gram) == 2 else 2))
+
+
+def test_three_points_have_half_their_perimeter_for_their_width() -> None:
+    gram = POINTS["dense"] @ POINTS["dense"].T
+    assert_agrees(width_of_gram(torch.from_numpy(gram), DRAWS).width, exact_width(gram))
+
+
+@pytest.mark.parametrize(("name", "points", "dim", "known"), [
+    ("gaussian", 100, 49, True), ("gaussian", 100, 48, False), ("rademacher", 100, 74, True),
+    ("rademacher", 100, 73, False), ("srht", 14, 4096, True), ("srht", 15, 4096, False), ("count", 14, 4096, True),
+    ("count", 15, 4096, False), ("kronecker", 2, 4096, False), ("identity", 10**6, 8, True),
+])  # fmt: skip
+def test_an_interval_without_an_upper_end_is_none(name: str, points: int, dim: int, known: bool) -> None:
+    interval = _interval(Estimate(2.0, 0.1, points, "estimator", "", ""), {"name": name, "dim": dim}, 0.0)
+    assert (interval is not None) == known
+    if interval is not None:
+        assert 0 < interval[0] <= 2.0 <= interval[1] < math.inf
+
+
+@pytest.mark.parametrize(("dtype", "wide"), [("float32", 1e-3), ("float16", 5.0)])
+def test_of_the_identity_the_interval_is_what_rounding_may_have_done(tmp_path: Path, dtype: str, wide: float) -> None:
+    """Gradients far from the origin and close together: float16 keeps little of their distances, and says so."""
+    points = 100 + np.random.default_rng(0).standard_normal((2, 50)) / 10
+    found = gs.width(stored_run(tmp_path / "run", {0: points}, "identity", dtype=dtype), 0, draws=4000)
+    exact = exact_width(points @ points.T)
+    assert found.interval is not None
+    assert found.width.stderr is not None
+    assert found.interval[0] - 4 * found.width.stderr <= exact <= found.interval[1] + 4 * found.width.stderr
+    assert found.interval[1] - found.interval[0] < wide * exact
+    assert (found.interval[1] - found.interval[0] > 0.1 * exact) == (dtype == "float16")
+
+
+def test_a_kronecker_sketch_gives_no_interval_but_by_a_distortion(tmp_path: Path) -> None:
+    run = stored_run(tmp_path / "run", {0: np.eye(4, 20)}, "kronecker")
+    assert gs.width(run, 0).interval is None
+    found = gs.width(run, 0, distortion=Distortion(0.5, 2.0))
+    assert found.interval == (found.width.value / 2, found.width.value * 2)
+
+
+def test_the_distortions_of_signs_and_of_variances_by_hand() -> None:
+    t = math.log(20 * 19 / 0.05)
+    assert distortion_of_sign_sketch(20, 100).low == pytest.approx(math.sqrt(1 - math.sqrt(6 * t / 100)))
+    assert distortion_of_sign_sketch(20, 100).high == distortion_of_gaussian_sketch(20, 100).high
+    assert distortion_of_variance(2, 640) == pytest.approx((math.sqrt(0.75), math.sqrt(1.25)))
+    assert distortion_of_variance(1, 4) == distortion_of_sign_sketch(1, 4) == (1, 1)
+
+
 def test_examples_and_steps_that_a_run_does_not_have_are_refused(
     run_and_gradients: tuple[Run, dict[int, Tensor]],
 ) -> None:
     run, _ = run_and_gradients
     for message, call in {
-        r"ids must be of examples that are finite at step 10, got \[99\]": partial(gs.width, run, 10, [3, 99]),
+        r"example id must be one of those measured at step 10 of .*, got 99": partial(gs.width, run, 10, [3, 99]),
+        r"example id must be one of those measured at step 20 of .*, got 98": partial(gs.tuple_width, run, [20], [98]),
+        "example ids must be whole numbers, got float64": partial(gs.width, run, 10, [1.5]),
+        "ids must name at least one finite example at step 20, got none": partial(gs.tuple_width, run, [20], []),
         "ids must name at least one finite example at step 10, got none": partial(gs.width, run, 10, []),
         "step must be one of .*, got 7": partial(gs.width, run, 7),
         "steps must name at least one step": partial(gs.tuple_width, run, []),

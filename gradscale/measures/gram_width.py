@@ -112,6 +112,31 @@ def distortion_of_gaussian_sketch(points: int, dim: int, failure: float = 0.05) 
     )
 
 
+def distortion_of_sign_sketch(points: int, dim: int, failure: float = 0.05) -> Distortion:
+    """The same of a dense map to R^dim of independent entries +-1 / sqrt(dim): below, a little looser.
+
+    dim |S x|^2 / |x|^2 is a sum of dim independent r^2 with r = <signs, x> / |x|. Even moments of r are at most a
+    normal's, so that above 1 its tail is chi^2's. Since E r^4 <= 3, it falls below 1 - sqrt(6 t / dim) with probability
+    at most e^-t.
+    Source: Achlioptas (2003), lemma 5.1, for the moments; Maurer (2003), theorem 2.1, for sums of nonnegative numbers.
+    """
+    if points < 2:
+        return Distortion(1.0, 1.0)
+    t = math.log(points * (points - 1) / failure)
+    high = distortion_of_gaussian_sketch(points, dim, failure).high
+    return Distortion(math.sqrt(max(0.0, 1 - math.sqrt(6 * t / dim))), high)
+
+
+def distortion_of_variance(points: int, dim: int, failure: float = 0.05) -> Distortion:
+    """The same of any unbiased map for which |S x|^2 has a variance of at most 2 |x|^4 / dim, a dense Gaussian's.
+
+    By Chebyshev's inequality for each pair: epsilon^2 = points (points - 1) / (dim failure). With dim 4096 epsilon is
+    below 1 for 14 points or fewer; beyond, the lower factor is 0. Nothing better follows from variances alone: of a
+    count sketch, distances between gradients of two entries are lost with probability 1 / (2 dim).
+    """
+    return distortion_of_epsilon(math.sqrt(points * (points - 1) / (dim * failure)))
+
+
 def measured_distortion(exact: Tensor, sketched: Tensor) -> Distortion:
     """The extreme factors by which a sketch changed the distances, from the Gram matrices of the same n points.
 

@@ -6,12 +6,11 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from gradscale.errors import GradscaleError
-from gradscale.report.measured import Measured, Run, curve, read
+from gradscale.report.measured import Measured, Run, read
 from gradscale.report.plans import plan_table
-from gradscale.report.quantities import Quantity, absent, present
+from gradscale.report.quantities import Quantity, absent, beside, curve_of, drawn, present
 from gradscale.report.sentences import layers_sentence, sentence
 from gradscale.report.style import CSS
 from gradscale.report.tables import Grid, by_scope, by_step, measures
@@ -79,11 +78,7 @@ def _lead(runs: Sequence[Measured]) -> str:
 def _figures(runs: Sequence[Measured]) -> str:
     from gradscale.report.plots import heat_svg, layer_curves, step_svg
 
-    plotted = [quantity for quantity in present(runs) if quantity.plotted]
-    figures = [
-        _figure(quantity.title, step_svg(runs, quantity), sentence(quantity.noun, _curves(runs, quantity)))
-        for quantity in plotted
-    ]
+    figures = [_figure(quantity.title, step_svg(runs, quantity), _said(runs, quantity)) for quantity in drawn(runs)]
     if (heat := heat_svg(runs)) is not None:
         said = layers_sentence("coherence α", {run.label: layer_curves(run) for run in runs})
         figures.append(_figure("Coherence α of every parameter", heat, said, wide=True, below=_by_layer(runs)))
@@ -110,8 +105,14 @@ def _by_layer(runs: Sequence[Measured]) -> str:
     return f'<details><summary>The numbers, with errors</summary><div class="tables">{"".join(tables)}</div></details>'
 
 
-def _curves(runs: Sequence[Measured], quantity: Quantity) -> dict[str, Any]:
-    return {run.label: curve(run.estimates, quantity.measure, quantity.name) for run in runs}
+def _said(runs: Sequence[Measured], quantity: Quantity) -> str:
+    """What the plot shows; and, of each run, how it compares with what it is measured against."""
+    said = [sentence(quantity.noun, {run.label: curve_of(run, quantity) for run in runs})]
+    if quantity.beside is not None:
+        against = quantity.beside[1]
+        compared = [(run.label, curve_of(run, quantity), beside(run, quantity)) for run in runs]
+        said += [sentence(quantity.noun, {label: own, against: other}) for label, own, other in compared if len(other)]
+    return " ".join(said)
 
 
 def _tables(runs: Sequence[Measured]) -> str:

@@ -25,7 +25,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocat
 
 from gradscale.report.measured import Measured, curve, scopes
 from gradscale.report.numbers import number_text, power_text
-from gradscale.report.quantities import Quantity, unit_of
+from gradscale.report.quantities import Quantity, beside, curve_of, unit_of
 from gradscale.report.tables import evenly, shortened
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
@@ -47,17 +47,17 @@ _SETTINGS: dict[Any, Any] = {
 
 
 def step_svg(runs: Sequence[Measured], quantity: Quantity) -> str:
-    """One quantity of every run against step; the union of checkpoints, where there is one, is dashed."""
+    """One quantity of every run against step; what stands beside it, such as the union of checkpoints, is dashed."""
     with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": quantity.key}):
         figure = Figure(figsize=(5.4, 3.2), layout="constrained")
         axes = figure.subplots()
-        held = [(k, run) for k, run in enumerate(runs) if len(_curve(run, quantity))]
-        if len({int(s) for _, run in held for s in _curve(run, quantity)["step"]}) == 1:
-            _draw_single(axes, held, quantity)
+        held = [(k, run) for k, run in enumerate(runs) if len(curve_of(run, quantity))]
+        if len({int(s) for _, run in held for s in curve_of(run, quantity)["step"]}) == 1:
+            _legend(figure, _draw_single(axes, held, quantity), least=1)
         else:
             _legend(figure, _draw_curves(axes, held, quantity))
         axes.set_ylabel(_axis_label(runs, quantity))
-        _scale_values(axes, [_curve(run, quantity) for _, run in held])
+        _scale_values(axes, [curve_of(run, quantity) for _, run in held])
         return _svg(figure, quantity.key, f"{quantity.title} against step")
 
 
@@ -90,31 +90,33 @@ def layer_curves(run: Measured) -> dict[str, pd.DataFrame]:
     return {scope.partition(":")[2]: curve(run.estimates, *HEAT, scope) for scope in found}
 
 
-def _curve(run: Measured, quantity: Quantity, scope: str = "all") -> pd.DataFrame:
-    return curve(run.estimates, quantity.measure, quantity.name, scope)
-
-
 def _draw_curves(axes: Axes, held: Sequence[tuple[int, Measured]], quantity: Quantity) -> dict[str, Any]:
     """Draws every run; gives back what the legend shows: label -> artist."""
     steps: set[int] = set()
     shown: dict[str, Any] = {}
     for k, run in held:
-        frame, union = _curve(run, quantity), _curve(run, quantity, "union")
+        frame, other = curve_of(run, quantity), beside(run, quantity)
         steps |= {int(step) for step in frame["step"]}
         shown[shortened(run.label, 34)] = _draw(axes, k, frame)
-        if len(union):
-            _draw(axes, k, union, union=True)
+        if len(other) and quantity.beside is None:
+            _draw(axes, k, other, dashed=True)
+        elif len(other):
+            axes.plot(other["step"], other["value"], color=_colour(k), linestyle="--", linewidth=1.2)
         if (band := _band(run, quantity)) is not None:
             axes.fill_between(band["step"], band["low"], band["high"], color=_colour(k), alpha=0.16, linewidth=0)
     _scale_steps(axes, sorted(steps))
-    if any(len(_curve(run, quantity, "union")) for _, run in held):
-        shown["union of checkpoints so far"] = Line2D([], [], color=INK, linestyle="--")
+    if any(len(beside(run, quantity)) for _, run in held):
+        shown[_beside_text(quantity)] = Line2D([], [], color=INK, linestyle="--")
     return shown
 
 
-def _legend(figure: Figure, shown: Mapping[str, Any]) -> None:
-    """Above the plot, in as many columns as there is room for; none for a single curve."""
-    if len(shown) > 1:
+def _beside_text(quantity: Quantity) -> str:
+    return "union of checkpoints so far" if quantity.beside is None else quantity.beside[1]
+
+
+def _legend(figure: Figure, shown: Mapping[str, Any], least: int = 2) -> None:
+    """Above the plot, in as many columns as there is room for; none for fewer than `least` entries."""
+    if len(shown) >= least:
         columns = max(1, min(len(shown), 72 // (6 + max(len(label) for label in shown))))
         figure.legend(
             list(shown.values()), list(shown), loc="outside upper left", ncols=columns, fontsize=8.5, handlelength=1.8,
@@ -122,31 +124,36 @@ def _legend(figure: Figure, shown: Mapping[str, Any]) -> None:
         )  # fmt: skip
 
 
-def _draw(axes: Axes, k: int, frame: pd.DataFrame, *, union: bool = False) -> Any:
+def _draw(axes: Axes, k: int, frame: pd.DataFrame, *, dashed: bool = False) -> Any:
     errors = [error if math.isfinite(error) else 0.0 for error in frame["stderr"]]
     finite = [value if math.isfinite(value) else math.nan for value in frame["value"]]
     if len(frame) > DENSE:
         low, high = np.subtract(finite, errors), np.add(finite, errors)
         axes.fill_between(frame["step"], low, high, color=_colour(k), alpha=0.25, linewidth=0)
-        (line,) = axes.plot(frame["step"], finite, color=_colour(k), linestyle="--" if union else "-", linewidth=1.2)
+        (line,) = axes.plot(frame["step"], finite, color=_colour(k), linestyle="--" if dashed else "-", linewidth=1.2)
         return line
     return axes.errorbar(
-        frame["step"], finite, yerr=errors, color=_colour(k), linestyle="--" if union else "-",
+        frame["step"], finite, yerr=errors, color=_colour(k), linestyle="--" if dashed else "-",
         marker=MARKERS[k % len(MARKERS)], elinewidth=1.0,
-        markerfacecolor="none" if union else _colour(k),
+        markerfacecolor="none" if dashed else _colour(k),
     )  # fmt: skip
 
 
-def _draw_single(axes: Axes, held: Sequence[tuple[int, Measured]], quantity: Quantity) -> None:
-    """All runs at one step: the runs stand side by side."""
+def _draw_single(axes: Axes, held: Sequence[tuple[int, Measured]], quantity: Quantity) -> dict[str, Any]:
+    """All runs at one step: the runs stand side by side, with what they are measured against as a dashed line."""
+    shown: dict[str, Any] = {}
     for place, (k, run) in enumerate(held):
-        frame = _curve(run, quantity).assign(step=place)
+        frame = curve_of(run, quantity).assign(step=place)
+        if quantity.beside is not None and len(other := beside(run, quantity)):
+            axes.hlines(other["value"], place - 0.25, place + 0.25, color=_colour(k), linestyle="--", linewidth=1.2)
+            shown[_beside_text(quantity)] = Line2D([], [], color=INK, linestyle="--")
         if (band := _band(run, quantity)) is not None:
             axes.vlines(place, band["low"], band["high"], color=_colour(k), alpha=0.25, linewidth=9)
         _draw(axes, k, frame)
     axes.set_xticks(range(len(held)), [shortened(run.label, 60 // len(held)) for _, run in held])
     axes.set_xlim(-0.6, len(held) - 0.4)
-    axes.set_xlabel(f"step {int(_curve(held[0][1], quantity)['step'].iloc[0])}")
+    axes.set_xlabel(f"step {int(curve_of(held[0][1], quantity)['step'].iloc[0])}")
+    return shown
 
 
 def _band(run: Measured, quantity: Quantity) -> pd.DataFrame | None:

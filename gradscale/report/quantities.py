@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from gradscale.report.measured import Measured
+import pandas as pd
+
+from gradscale.report.measured import Measured, curve
 
 ALPHA_SOURCE = ("Chatterjee & Zielinski (2022), arXiv:2203.10036", "https://arxiv.org/abs/2203.10036")
 NOISE_SOURCE = ("McCandlish et al. (2018), arXiv:1812.06162", "https://arxiv.org/abs/1812.06162")
@@ -22,7 +24,11 @@ MEAN = "Standard error: the standard deviation over examples, divided by √n."
 
 
 class Quantity(NamedTuple):
-    """One (measure, name). `noun` goes into sentences, `error` says how the standard error was got."""
+    """One (measure, name). `noun` goes into sentences, `error` says how the standard error was got.
+
+    `scope` is that of its curve. `beside` names a quantity of the same measure that stands beside it in its plot, and
+    what that is.
+    """
 
     measure: str
     name: str
@@ -33,6 +39,9 @@ class Quantity(NamedTuple):
     error: str = ""
     source: tuple[str, str] | None = None
     plotted: bool = True
+    scope: str = "all"
+    beside: tuple[str, str] | None = None
+    apart: bool = False  # got by a call of its own, so that nobody misses it in a run
 
     @property
     def key(self) -> str:
@@ -95,6 +104,28 @@ KNOWN = (
         PROBES, WIDTH_SOURCE,
     ),
     Quantity(
+        "gaussian_width", "path_width", "Gaussian width of the path", "Gaussian width of the path",
+        "E maxₜ ⟨E g(θₜ), v⟩, v ~ N(0, I)",
+        "The width of the set path, the mean gradients at this and all earlier checkpoints: exactly 0 at the first, "
+        "one point, and growing with the set. It depends on which checkpoints were measured: compare runs only at the "
+        "same ones. n counts checkpoints.",
+        PROBES, WIDTH_SOURCE, scope="union",
+    ),
+    Quantity(
+        "featurizer", "width", "Gaussian width of the features", "Gaussian width of the features",
+        "E maxᵢ ⟨hᵢ, v⟩, v ~ N(0, I)",
+        "The width of the set of the features hᵢ that the last layer is given, in their own units. The width of that "
+        "layer's gradients rᵢ hᵢᵀ, rᵢ the gradient at the scores, is at most √2 (max |r| w({h}) + max |h| w({r})). It "
+        "grows with n: compare it only at equal n.",
+        PROBES, WIDTH_SOURCE, apart=True,
+    ),
+    Quantity(
+        "featurizer", "symmetrized", "Gaussian width of the features, symmetrized",
+        "symmetrized Gaussian width of the features", "E maxᵢ |⟨hᵢ, v⟩|, v ~ N(0, I)",
+        "The width of the features together with their negatives: unlike the width, it sees what all of them share.",
+        PROBES, WIDTH_SOURCE, apart=True,
+    ),
+    Quantity(
         "grad_norm", "q50", "Gradient norm", "median gradient norm", "median of |gᵢ|",
         "Median and 5 % and 95 % quantiles over examples.",
         "Standard error of a quantile: half the distance between the order statistics one binomial standard deviation "
@@ -109,7 +140,9 @@ KNOWN = (
         "√ mean (⟨Sx, Sy⟩ / (|x| |y|) − cos)²",
         "How far cosines from the stored sketches, with exact norms, are off: against exact products of the first "
         "examples (at most 16) of every checkpoint. n is the number of pairs.",
-        "Standard error: delete-one-example jackknife.", plotted=False,
+        "Standard error: delete-one-example jackknife. It does not hold the choice of the map, which all pairs and "
+        "checkpoints share.",
+        beside=("cosine_expected_error", "a dense Gaussian sketch"),
     ),
     Quantity(
         "sketch_error", "cosine_expected_error", "Expected error of the sketches' cosines",
@@ -135,20 +168,49 @@ KNOWN = (
 
 
 def present(runs: Sequence[Measured]) -> list[Quantity]:
-    """The quantities with scope `all` in any of the runs: the known ones first, then the others by their names."""
+    """Those in any of the runs, the known ones first, then the others with scope `all` by their names."""
     found: dict[str, tuple[str, str]] = {}
+    scoped: set[tuple[str, str]] = set()
     for run in runs:
-        whole = run.estimates[run.estimates["scope"] == "all"]
-        for measure, name in zip(whole["measure"], whole["name"], strict=True):
-            found[f"{measure}/{name}"] = (str(measure), str(name))
-    known = [quantity for quantity in KNOWN if quantity.key in found]
+        frame = run.estimates
+        for measure, name, scope in zip(frame["measure"], frame["name"], frame["scope"], strict=True):
+            scoped.add((f"{measure}/{name}", str(scope)))
+            if scope == "all":
+                found[f"{measure}/{name}"] = (str(measure), str(name))
+    known = [quantity for quantity in KNOWN if (quantity.key, quantity.scope) in scoped]
     rest = [pair for key, pair in found.items() if key not in {q.key for q in KNOWN} and pair[0] != "grad_norm"]
     return known + [_unknown(measure, name) for measure, name in rest]
 
 
 def absent(runs: Sequence[Measured]) -> list[Quantity]:
     keys = {quantity.key for quantity in present(runs)}
-    return [quantity for quantity in KNOWN if quantity.key not in keys and quantity.plotted]
+    return [quantity for quantity in KNOWN if quantity.key not in keys and quantity.plotted and not quantity.apart]
+
+
+def drawn(runs: Sequence[Measured]) -> list[Quantity]:
+    """Those present that have a plot: one over checkpoints (scope `union`) only where there are two of them."""
+    return [
+        quantity
+        for quantity in present(runs)
+        if quantity.plotted and (quantity.scope == "all" or any(len(curve_of(run, quantity)) > 1 for run in runs))
+    ]
+
+
+def curve_of(run: Measured, quantity: Quantity) -> pd.DataFrame:
+    return curve(run.estimates, quantity.measure, quantity.name, quantity.scope)
+
+
+def beside(run: Measured, quantity: Quantity) -> pd.DataFrame:
+    """The curve that stands beside it: that over the union of checkpoints, or of the quantity it is measured against.
+
+    Empty where there is none. What something is measured against has no error of its own: it is worked out from what
+    was compared. What is expected of an exact sketch, 0, is nothing to measure against.
+    """
+    if quantity.beside is None:
+        union = curve(run.estimates, quantity.measure, quantity.name, "union")
+        return union if quantity.scope == "all" else union[:0]
+    found = curve(run.estimates, quantity.measure, quantity.beside[0], quantity.scope)
+    return found[found["value"] > 0].assign(stderr=0.0).reset_index(drop=True)
 
 
 def unit_of(runs: Sequence[Measured], quantity: Quantity) -> str:

@@ -9,8 +9,8 @@ Shapes: n finite examples, a and b of them in a block, K sketch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,14 +56,19 @@ def cross_gram(
 
     Raises: GradscaleError if the matrix is larger than MATRIX_BYTES.
     """
-    check_fits(len(rows), len(columns))
+    check_fits(len(rows), len(columns), "cross_gram_blocks(other, step)")
     out = np.empty((len(rows), len(columns)))
-    for part_a in _parts(len(rows), BLOCK):
-        above = left.take(rows[part_a])
-        for part_b in _parts(len(columns), BLOCK):
-            block = products(above, right.take(columns[part_b]))
-            out[part_a, part_b] = _exact(block, left, rows[part_a], columns[part_b]) if same else block
+    for part_a, part_b, block in _cross_pairs(left, right, rows, columns, same, BLOCK):
+        out[part_a, part_b] = block
     return out
+
+
+def cross_gram_blocks(
+    left: StoredSketches, right: StoredSketches, rows: np.ndarray, columns: np.ndarray, same: bool, size: int
+) -> Iterator[GramBlock]:
+    """All blocks, row by row; see `Run.cross_gram_blocks`."""
+    for part_a, part_b, block in _cross_pairs(left, right, rows, columns, same, size):
+        yield GramBlock(left.ids[rows[part_a]], right.ids[columns[part_b]], block)
 
 
 def products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -77,12 +82,12 @@ def products(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return out
 
 
-def check_fits(a: int, b: int) -> None:
-    """Raises: GradscaleError if an [a, b] matrix of float64 is larger than MATRIX_BYTES."""
+def check_fits(a: int, b: int, blocks: str = "gram_blocks(step)") -> None:
+    """Raises: GradscaleError if an [a, b] matrix of float64 is larger than MATRIX_BYTES; `blocks` is the remedy."""
     if 8 * a * b > MATRIX_BYTES:
         raise GradscaleError(
             f"a matrix of inner products must be of at most {MATRIX_BYTES >> 20} MiB, got {a} x {b} examples "
-            f"({8 * a * b / (1 << 20):,.0f} MiB); pass ids=, or iterate over run.gram_blocks(step)"
+            f"({8 * a * b / (1 << 20):,.0f} MiB); pass ids=, or iterate over run.{blocks}"
         )
 
 
@@ -96,6 +101,21 @@ def check_comparable(here: StoredSketches, there: StoredSketches) -> None:
         )
 
 
+def check_same_parameters(here: Mapping[str, Any], there: Mapping[str, Any], paths: str) -> None:
+    """Raises: GradscaleError unless two plans measure parameters of the same names and shapes; `paths` says whose."""
+    ours, theirs = ({name: tuple(about["shape"]) for name, about in found.items()} for found in (here, there))
+    wrong = [
+        f"{name} {ours.get(name, 'not measured')} here and {theirs.get(name, 'not measured')} there"
+        for name in dict.fromkeys([*ours, *theirs])
+        if ours.get(name) != theirs.get(name)
+    ]
+    if wrong:
+        raise GradscaleError(
+            f"gradients must be of the same parameters to be compared, got {'; '.join(wrong[:5])}"
+            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''} ({paths}); measure both with the same params"
+        )
+
+
 def _pairs(sketches: StoredSketches, rows: np.ndarray, size: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Every pair of parts of `rows`, the second not before the first, with their products."""
     parts = list(_parts(len(rows), size))
@@ -104,6 +124,17 @@ def _pairs(sketches: StoredSketches, rows: np.ndarray, size: int) -> Iterator[tu
         for part_b in parts[i:]:
             beside = above if part_b == part_a else sketches.take(rows[part_b])
             yield part_a, part_b, _exact(products(above, beside), sketches, rows[part_a], rows[part_b])
+
+
+def _cross_pairs(
+    left: StoredSketches, right: StoredSketches, rows: np.ndarray, columns: np.ndarray, same: bool, size: int
+) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Every part of `rows` with every part of `columns`, and their products."""
+    for part_a in _parts(len(rows), size):
+        above = left.take(rows[part_a])
+        for part_b in _parts(len(columns), size):
+            block = products(above, right.take(columns[part_b]))
+            yield part_a, part_b, _exact(block, left, rows[part_a], columns[part_b]) if same else block
 
 
 def _exact(block: np.ndarray, sketches: StoredSketches, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,16 @@ import pyarrow.parquet as pq
 from gradscale.errors import GradscaleError
 from gradscale.store.files import Files
 from gradscale.store.neighbours import neighbours
-from gradscale.store.products import BLOCK, GramBlock, check_comparable, cross_gram, gram, gram_blocks
+from gradscale.store.products import (
+    BLOCK,
+    GramBlock,
+    check_comparable,
+    check_same_parameters,
+    cross_gram,
+    cross_gram_blocks,
+    gram,
+    gram_blocks,
+)
 from gradscale.store.sketches import StoredSketches, as_matrix, check_file, locate
 from gradscale.store.store import ESTIMATES, PLAN, Store, file_name
 
@@ -78,12 +88,27 @@ class Run:
     def sketches(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The ids [n] and sketches [n, K] of the finite examples at `step`, by id, in the stored type.
 
-        All of them in memory: `gram`, `gram_blocks` and `neighbours` need only a few at a time.
+        All of them in memory: `stored_sketches` has a few at a time.
         Raises: GradscaleError if the run has no such step or stored no sketches, or files of another scheme.
         """
         self._check_sketches([step])
         table = self._dataset("sketches", step).to_table()
         return table["example_id"].to_numpy(), as_matrix(table["sketch"])
+
+    def stored_sketches(self, step: int) -> StoredSketches:
+        """Where the sketches of the finite examples at `step` are, by id, to be read a row group at a time.
+
+        `ids` [n] and `sq_norms` [n] are the examples'; `blocks()`, `scan(positions, rows)` and `take(positions)` read.
+        Memory: a row group, at most 16 MiB, two or three times as much while Parquet decodes it, and 24 bytes an
+        example.
+        Raises: GradscaleError as `sketches`.
+        """
+        self._check_step(step)
+        plan = self.plan
+        self._check_sketched(plan)
+        rows = self._dataset("rows", step).to_table(columns=["example_id", "grad_sq_norm", "finite"])
+        names = self._names("sketches", step)
+        return locate(self.files, step, names, rows, plan["sketch"], _dtype(plan))
 
     def gram(
         self, step: int, ids: Sequence[int] | np.ndarray | None = None, beside: Sequence[int] | np.ndarray | None = None
@@ -96,7 +121,7 @@ class Run:
         and the sketches of 2048 examples.
         Raises: GradscaleError if the matrix would be larger, an id is unknown or not finite, or as `sketches`.
         """
-        stored = self._stored(step)
+        stored = self.stored_sketches(step)
         rows = _chosen(stored, ids)
         if beside is not None:
             return cross_gram(stored, stored, rows, stored.positions(beside), same=True)
@@ -112,9 +137,8 @@ class Run:
         is read n / (2 size) times.
         Raises: GradscaleError as `gram`, but for size.
         """
-        if not isinstance(size, int) or size < 1:
-            raise GradscaleError(f"size must be a whole number of at least 1, got {size!r}")
-        stored = self._stored(step)
+        _check_size(size)
+        stored = self.stored_sketches(step)
         return gram_blocks(stored, _chosen(stored, ids), size)
 
     def cross_gram(
@@ -131,12 +155,27 @@ class Run:
         by id, or `ids` and `other_ids`. Both runs must have sketched the same parameters with the same scheme.
         Raises: GradscaleError naming what differs, or as `gram`.
         """
-        there = step if other_step is None else other_step
-        _check_parameters(self, other)
-        left, right = self._stored(step), other._stored(there)
-        check_comparable(left, right)
-        same = self.files == other.files and step == there
+        left, right, same = self._beside(other, step, other_step)
         return cross_gram(left, right, _chosen(left, ids), _chosen(right, other_ids), same)
+
+    def cross_gram_blocks(
+        self,
+        other: Run,
+        step: int,
+        other_step: int | None = None,
+        size: int = BLOCK,
+        ids: Sequence[int] | np.ndarray | None = None,
+        other_ids: Sequence[int] | np.ndarray | None = None,
+    ) -> Iterator[GramBlock]:
+        """The matrix `cross_gram` in blocks (ids_a, ids_b, block) of at most `size` examples a side, of any n and m.
+
+        All of its blocks, row by row: ids_a are this run's, ids_b the other's. Memory: as `gram_blocks`. Time: the
+        sketches of `other` are read n / size times, this run's once.
+        Raises: GradscaleError as `cross_gram`, but for size.
+        """
+        _check_size(size)
+        left, right, same = self._beside(other, step, other_step)
+        return cross_gram_blocks(left, right, _chosen(left, ids), _chosen(right, other_ids), same, size)
 
     def neighbours(
         self, example_id: int, step: int | None = None, k: int = 10, by: str = "cosine", most_opposed: bool = False
@@ -145,10 +184,16 @@ class Run:
 
         One row each: example_id, label (if the run has them), loss, inner_product, inner_product_stderr, cosine and
         cosine_stderr. `by` is "cosine" or "inner product"; `most_opposed` gives the lowest first. `step` may be left
-        out where the run has only one. Inner products are estimated from the sketches, with variance at most
-        (|x|^2 |y|^2 + <x, y>^2) / K for those that are no costlier than the dense Gaussian's; the norms in the cosine
-        are exact, so that it may come out a little above 1. Beside a zero gradient the cosine is undefined: NaN, and
-        last; `frame.attrs["zero_gradients"]` counts them.
+        out where the run has only one. Inner products are estimated from the sketches; the norms in the cosine are
+        exact, so that it may come out a little above 1. Beside a zero gradient the cosine is undefined: NaN, and last;
+        `frame.attrs["zero_gradients"]` counts them.
+
+        Standard errors: sqrt((1 + cosine^2) / K), the dense Gaussian's, which those of count, rademacher and srht do
+        not exceed; 0 of the identity. That is no bound for kronecker: there every cosine is given the error measured
+        at this step, `sketch_error/cosine_rms_error` of the estimates, or NaN where the run has none.
+        `frame.attrs["stderr_is"]` says "stated" or "measured" accordingly; `frame.attrs["sketch_error"]` is the
+        measured error, or NaN, of any scheme: the root mean square over pairs of 16 examples or fewer, not of the pair
+        asked about. None of them says how far being the most extreme of many estimates has biased the first ones.
 
         Cost: one scan of the step's sketches, a row group in memory at a time.
         Raises: GradscaleError if the example is unknown, not finite, or has a zero gradient and no cosine; or as
@@ -156,9 +201,9 @@ class Run:
         """
         if step is None and len(self.steps) > 1:
             raise GradscaleError(f"step must be given where a run has several, {self.steps}, got None")
-        stored = self._stored(self.steps[0] if step is None else step)
+        stored = self.stored_sketches(self.steps[0] if step is None else step)
         (position,) = stored.positions([example_id])
-        found = neighbours(stored, int(position), k, by, most_opposed)
+        found = neighbours(stored, int(position), k, by, most_opposed, self._measured_error(stored.step))
         rows = self._dataset("rows", stored.step)
         about = [name for name in ("example_id", "label", "loss") if name in rows.schema.names]
         table = rows.to_table(columns=about, filter=ds.field("example_id").isin(found["example_id"].tolist()))
@@ -201,14 +246,25 @@ class Run:
             raise GradscaleError(f"run {self.path} must have a committed shard, got none; run its command again")
         return [file_name(folder, s, shard, "parquet") for s, shard in shards]
 
-    def _stored(self, step: int) -> StoredSketches:
-        """The sketches of `step`, to be read block by block."""
-        self._check_step(step)
-        plan = self.plan
-        self._check_sketched(plan)
-        rows = self._dataset("rows", step).to_table(columns=["example_id", "grad_sq_norm", "finite"])
-        names = self._names("sketches", step)
-        return locate(self.files, step, names, rows, plan["sketch"], _dtype(plan))
+    def _beside(self, other: Run, step: int, other_step: int | None) -> tuple[StoredSketches, StoredSketches, bool]:
+        """The sketches of both, and whether they are the same ones.
+
+        Raises: GradscaleError unless they may be compared.
+        """
+        there = step if other_step is None else other_step
+        check_same_parameters(self.plan["parameters"], other.plan["parameters"], f"{self.path} and {other.path}")
+        left, right = self.stored_sketches(step), other.stored_sketches(there)
+        check_comparable(left, right)
+        return left, right, self.files == other.files and step == there
+
+    def _measured_error(self, step: int) -> float:
+        """The `cosine_rms_error` of the sketches at `step`; NaN where the run has no estimate of it."""
+        if not self.files.exists(ESTIMATES):
+            return math.nan
+        of_step = ds.field("step") == step
+        chosen = of_step & (ds.field("measure") == "sketch_error") & (ds.field("name") == "cosine_rms_error")
+        found = self._table(ESTIMATES).filter(chosen)["value"].to_pylist()
+        return float(found[0]) if found else math.nan
 
     def _check_sketches(self, steps: Sequence[int]) -> None:
         """Raises: GradscaleError if the run has no such step or stored no sketches, or files of another scheme."""
@@ -239,24 +295,11 @@ def _chosen(stored: StoredSketches, ids: Sequence[int] | np.ndarray | None) -> n
     return np.arange(len(stored.ids)) if ids is None else stored.positions(ids)
 
 
+def _check_size(size: int) -> None:
+    if not isinstance(size, int) or size < 1:
+        raise GradscaleError(f"size must be a whole number of at least 1, got {size!r}")
+
+
 def _dtype(plan: dict[str, Any]) -> str:
     """Of the sketches; runs of before the choice have float32."""
     return str(plan.get("sketch_dtype") or "float32")
-
-
-def _check_parameters(here: Run, there: Run) -> None:
-    """Raises: GradscaleError unless both runs measured parameters of the same names and shapes."""
-    ours, theirs = (
-        {name: tuple(about["shape"]) for name, about in run.plan["parameters"].items()} for run in (here, there)
-    )
-    wrong = [
-        f"{name} {ours.get(name, 'not measured')} here and {theirs.get(name, 'not measured')} there"
-        for name in dict.fromkeys([*ours, *theirs])
-        if ours.get(name) != theirs.get(name)
-    ]
-    if wrong:
-        raise GradscaleError(
-            f"gradients must be of the same parameters to be compared, got {'; '.join(wrong[:5])}"
-            f"{f' and {len(wrong) - 5} more' if len(wrong) > 5 else ''} ({here.path} and {there.path}); measure both "
-            "with the same params"
-        )

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -67,13 +68,36 @@ class StoredSketches:
 
     def take(self, positions: np.ndarray) -> np.ndarray:
         """[m, K] in the stored type: a copy of the sketches at `positions`. Reads every row group that holds one."""
+        return self._taken(positions, self._read)
+
+    def scan(self, positions: np.ndarray, rows: int) -> Iterator[np.ndarray]:
+        """[rows, K] in the stored type: the sketches at the ascending `positions`, in order; the last may be shorter.
+
+        Where a block ends depends on `rows` alone, not on the files. Every row group is read once and held until the
+        next one is.
+        """
+        held: dict[RowGroup, np.ndarray] = {}
+
+        def read(group: RowGroup) -> np.ndarray:
+            if group not in held:
+                held.clear()
+                held[group] = self._read(group)
+            return held[group]
+
+        for start in range(0, len(positions), rows):
+            yield self._taken(positions[start : start + rows], read)
+
+    def _taken(self, positions: np.ndarray, read: Callable[[RowGroup], np.ndarray]) -> np.ndarray:
         out: np.ndarray | None = None
-        for group in self.groups:
+        lowest, highest = (int(positions.min()), int(positions.max())) if len(positions) else (0, -1)
+        first = bisect_right(self.groups, lowest, key=lambda group: group.stop)
+        last = bisect_right(self.groups, highest, key=lambda group: group.start)
+        for group in self.groups[first:last]:
             (chosen,) = np.nonzero((positions >= group.start) & (positions < group.stop))
             if len(chosen):
-                matrix = self._read(group)
-                out = np.empty((len(positions), matrix.shape[1]), matrix.dtype) if out is None else out
-                out[chosen] = matrix[positions[chosen] - group.start]
+                part = read(group)[positions[chosen] - group.start]
+                out = np.empty((len(positions), part.shape[1]), part.dtype) if out is None else out
+                out[chosen] = part
         return np.empty((0, int(self.scheme["dim"])), np.float32) if out is None else out
 
     def _read(self, group: RowGroup) -> np.ndarray:
@@ -147,9 +171,15 @@ def scheme_differences(here: Mapping[str, Any], there: Mapping[str, Any]) -> lis
 def cosine_error(scheme: Mapping[str, Any], cosine: float) -> float:
     """The standard error of a cosine <Sx, Sy> / (|x| |y|) with exact norms: sqrt((1 + cosine^2) / K).
 
-    That of a dense Gaussian map, which bounds those of dense signs and sparse signs; 0 for the identity.
+    That of a dense Gaussian map, which bounds those of dense signs and sparse signs; 0 for the identity. No bound for
+    kronecker, whose error depends on the gradients: what it was is measured (`sketch_error` in the estimates).
     """
     return 0.0 if scheme["name"] == "identity" else math.sqrt((1 + cosine * cosine) / int(scheme["dim"]))
+
+
+def error_is_stated(scheme: Mapping[str, Any]) -> bool:
+    """Whether `cosine_error` is the scheme's own, or a bound of it."""
+    return str(scheme["name"]) != "kronecker"
 
 
 def as_matrix(column: pa.ChunkedArray) -> np.ndarray:
