@@ -77,8 +77,8 @@ def width(
 
         identity                    the sketch is the gradient: the width itself, widened by rounding alone
         gaussian, rademacher        `distortion_of_gaussian_sketch`, `distortion_of_sign_sketch`
-        srht, count, sjlt           `distortion_of_variance`: for few examples only, 14 of K = 4096; of the last two, given
-                                    that two entries meet with probability 1 / K, as `CountSketch` says
+        srht, count, sjlt           `distortion_of_variance`: for few examples only, 14 of K = 4096; of count and sjlt
+                                    given that two entries meet with probability 1 / K, as `CountSketch` says
         kronecker                   None: its variance depends on the gradients
 
     It is None wherever it would reach to infinity: K is then too small for the number of examples, and no more is
