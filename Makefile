@@ -41,9 +41,12 @@ check: $(STAMP) ## style, types and the layers of the design
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(STAMP) $(BENCH_STAMP) unlock ## what measuring costs beside training and beside other libraries (about an hour)
+bench: $(STAMP) $(BENCH_STAMP) unlock ## what measuring costs and how far sketches are off, beside other libraries (an hour and a half)
 	PYTHONPATH=$(CURDIR) $(BENCH_PY) benchmarks/bench_gradients.py
 	$(PY) benchmarks/bench_shard.py
+	PYTHONPATH=$(CURDIR) $(BENCH_PY) benchmarks/bench_sketches.py --subjects ""  # holds the peers' definitions to bergson
+	$(PY) benchmarks/bench_sketches.py
+	$(PY) benchmarks/bench_store.py
 
 clean: ## remove caches, runs and build products; .venv and .venv-bench stay
 	rm -rf .cache runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -1,13 +1,13 @@
 """What per-example gradients cost beside training: gradscale and its peers, on the same models and batches.
 
-    python benchmarks/bench_gradients.py [--only gradscale] [--repetitions 7] [--markdown]
+    python benchmarks/bench_gradients.py [--only gradscale] [--repetitions 7] [--slow-repetitions 3] [--markdown]
 
 Time: in one process with 2 threads, plain pass, method A, plain pass, method B, ... The ratio is that of each
 run to the plain forward and backward pass just before it, so that a load that drifts cancels: its median and
 quartiles, of the process's CPU time (which other jobs on the machine disturb less) and of wall time. Squared norms
 are held to one backward pass per example first. Memory: each method in a fresh process; the peak of the resident
-set during its second run, above that of the loaded models. Peers that are not installed are named, not timed;
-`make bench` installs them.
+set during its second run, above that of the loaded models. Methods that take ten times plain and more run a few
+times, on the first shape alone. Peers that are not installed are named, not timed; `make bench` installs them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from methods import METHODS, OURS, PEERS, Method
+from methods import METHODS, OURS, PEERS, SLOW, Method
 from models import SHAPES, Shape, plain, squared_norms_by_loop, worst_error
 
 WARM_UPS = 2
@@ -65,13 +65,13 @@ def timed(function: Callable[[], object]) -> Seconds:
     return Seconds(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def interleave(methods: Sequence[Method], shape: Shape, repetitions: int) -> list[Timing]:
+def interleave(methods: Sequence[Method], shape: Shape, repetitions: int, warm_ups: int) -> list[Timing]:
     ids = shape.ids()
     timings = [Timing([], []) for _ in methods]
-    for repetition in range(WARM_UPS + repetitions):
+    for repetition in range(warm_ups + repetitions):
         for method, timing in zip(methods, timings, strict=True):
             pair = timed(partial(plain, method.model, ids)), timed(method.run)
-            if repetition >= WARM_UPS:
+            if repetition >= warm_ups:
                 timing.plain.append(pair[0])
                 timing.method.append(pair[1])
     return timings
@@ -100,10 +100,17 @@ def reference(method: Method, shape: Shape) -> dict[str, torch.Tensor]:
     return squared_norms_by_loop(method.model, shape.ids())
 
 
-def time_table(names: Sequence[str], shape: Shape, repetitions: int) -> Rows:
-    ready, missing = prepared(names, shape)
-    timings = interleave([method for method, _ in ready.values()], shape, repetitions)
+def time_table(names: Sequence[str], shape: Shape, repetitions: int, slow_repetitions: int) -> Rows:
     rows: Rows = [("method", "covers", "CPU ratio", "wall ratio", "plain CPU ms", "CPU ms", "error", "remarks")]
+    rows += _timed_rows([name for name in names if name not in SLOW], shape, repetitions, WARM_UPS)
+    return rows + _timed_rows([name for name in names if name in SLOW], shape, slow_repetitions, 0)
+
+
+def _timed_rows(names: Sequence[str], shape: Shape, repetitions: int, warm_ups: int) -> Rows:
+    """`prepared` has run each of them once already."""
+    ready, missing = prepared(names, shape)
+    timings = interleave([method for method, _ in ready.values()], shape, repetitions, warm_ups)
+    rows: Rows = []
     for (name, (method, error)), timing in zip(ready.items(), timings, strict=True):
         before, after = timing.median_ms("cpu")
         times = timing.ratio("cpu"), timing.ratio("wall"), f"{before:.0f}", f"{after:.0f}"
@@ -119,18 +126,24 @@ def peak_above_rest(method: str, shape: Shape) -> tuple[float, float]:
     ready = METHODS[method](shape)
     step = partial(plain, ready.model, shape.ids())
     step()  # once before: threads, kernels and caches come at the first use
-    rest = _status("VmRSS")
-    return _peak(step) - rest, _peak(ready.run) - rest
+    rest = resident("VmRSS")
+    return _second_peak(step) - rest, _second_peak(ready.run) - rest
 
 
-def _peak(function: Callable[[], object]) -> float:
+def _second_peak(function: Callable[[], object]) -> float:
     function()
+    return peak(function)
+
+
+def peak(function: Callable[[], object]) -> float:
+    """MB of resident memory at most while `function` runs."""
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
     function()
-    return _status("VmHWM")
+    return resident("VmHWM")
 
 
-def _status(field: str) -> float:
+def resident(field: str) -> float:
+    """MB, by a field of this process's status."""
     found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return int(found[1]) / 1024
@@ -207,6 +220,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help='"gradscale", "peers", or parts of the names, with commas')
     parser.add_argument("--shapes", default=",".join(SHAPES), help="of " + ", ".join(SHAPES))
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--slow-repetitions", type=int, default=3, help="of methods that take ten times plain and more")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--what", default="time,memory,depth")
     parser.add_argument("--markdown", action="store_true", help="a section for RESULTS.md")
@@ -224,19 +238,21 @@ def main() -> None:
     if settings.memory_of:
         print(json.dumps(peak_above_rest(settings.memory_of, Shape(**settings.shape))))
         return
-    names, what = chosen(settings.only), settings.what.split(",")
+    asked, what = chosen(settings.only), settings.what.split(",")
     if settings.markdown:
         print(f"## {datetime.date.today()}\n\n`python {' '.join(sys.argv)}`\n")
     print(machine(settings.threads))
     for key in settings.shapes.split(","):
         shape = SHAPES[key]
+        names = [name for name in asked if name not in SLOW or shape == SHAPES["base"]]
         if "time" in what:
             title = f"{shape}: {settings.repetitions} repetitions"
-            show(title, time_table(names, shape, settings.repetitions), markdown=settings.markdown)
+            rows = time_table(names, shape, settings.repetitions, settings.slow_repetitions)
+            show(title, rows, markdown=settings.markdown)
         if "memory" in what:
             title = f"{shape}: peak memory above that at rest"
             show(title, memory_table(names, shape, settings.threads), markdown=settings.markdown)
-    deep = [name for name in IN_DEPTH if name in names]
+    deep = [name for name in IN_DEPTH if name in asked]
     if "depth" in what and deep:
         show("Depth: peak memory above that at rest", depth_table(deep, settings.threads), markdown=settings.markdown)
     print(f"\nload after {', '.join(f'{x:.1f}' for x in os.getloadavg())}")

@@ -8,9 +8,14 @@ Shapes: B examples.
 
 from __future__ import annotations
 
+import logging
+import math
+import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from models import Shape, losses
@@ -21,8 +26,9 @@ from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import GradientSums, Projected, Reading, SquaredNorms, Totals, read_gradients
 from gradscale.grads.waiting import Doubts
-from gradscale.sketches.count import CountSketch
+from gradscale.sketches import blocks, parse_sketch
 from gradscale.sketches.gaussian import GaussianProbes
+from gradscale.sketches.philox import key_of, normals
 
 Found = Mapping[str, Tensor]  # parameter -> squared norms [B], or gradients [B, ...]
 
@@ -72,11 +78,36 @@ def norms_and_new_sums(shape: Shape) -> Method:
 
 
 def norms_sums_and_sketch(dim: int, shape: Shape) -> Method:
-    return _read(shape, SquaredNorms(), GradientSums(), Projected(CountSketch(dim)), totals={})
+    sizes = {name: parameter.numel() for name, parameter in shape.model().named_parameters()}
+    sketch = parse_sketch(f"default:{dim}", seed=0).bind(sizes)
+    return _read(shape, SquaredNorms(), GradientSums(), Projected(sketch), totals={})
 
 
 def norms_and_probes(number: int, shape: Shape) -> Method:
     return _read(shape, SquaredNorms(), Projected(GaussianProbes(number)))._replace(note="blocks of the probes kept")
+
+
+def norms_and_regenerated_probes(number: int, shape: Shape) -> Method:
+    """As where the probes are more than the memory budget of their blocks: nothing of them is kept between runs."""
+    method = norms_and_probes(number, shape)
+
+    def run() -> Found | None:
+        # The budget has no setting of its own: it is the module's.
+        with mock.patch.multiple(blocks, _CACHE_BYTES=0, _cache=blocks.Cache()):
+            return method.run()
+
+    rate = normals_a_second(number) / 1e6
+    note = f"blocks made anew; {rate:.1f} million normals a second with {torch.get_num_threads()} threads"
+    return method._replace(run=run, note=note)
+
+
+def normals_a_second(number: int, rows: int = 1 << 17) -> float:
+    """The rate of the generator of the probes alone, in blocks of `number` columns."""
+    key, cpu = key_of("benchmark"), torch.device("cpu")
+    normals(key, 0, rows // 8, number, cpu)
+    started = time.perf_counter()
+    normals(key, 0, rows, number, cpu)
+    return rows * number / (time.perf_counter() - started)
 
 
 def materialized(shape: Shape) -> Method:
@@ -198,14 +229,31 @@ def _backpack(shape: Shape, extension: str, field: str) -> Method:
 
 
 def bergson(shape: Shape) -> Method:
+    return _bergson(shape, {})
+
+
+def bergson_two_sided(rank: int, shape: Shape) -> Method:
+    method = _bergson(shape, {"projection_dim": rank})
+    return method._replace(note=f"{method.note}: {rank} x {rank} numbers each, signs kept")
+
+
+def bergson_global(dim: int, shape: Shape) -> Method:
+    method = _bergson(shape, {"projection_dim": dim, "projection_target": "global"})
+    return method._replace(note=f"{method.note}: {dim} numbers in all, signs made anew")
+
+
+def _bergson(shape: Shape, projection: Mapping[str, Any]) -> Method:
     from bergson.collector.collector import HookCollectorBase
+    from bergson.gradients import GradientProcessor
 
     class Collect(HookCollectorBase):  # what GradientCollector does, without its files
         def setup(self) -> None:
             self.lo, self.hi = torch.finfo(torch.float32).min, torch.finfo(torch.float32).max
 
         def backward_hook(self, module: nn.Module, g: Tensor) -> None:
-            self.mod_grads[module._name] = self._compute_gradient(module, g)
+            grads = self._module_gradient(module, g)
+            if not self.accumulate_global_projection(module._name, grads):
+                self.mod_grads[module._name] = self._materialize_gradient(grads)
 
         def process_batch(self, indices: list[int], **kwargs: Any) -> None: ...
 
@@ -213,19 +261,110 @@ def bergson(shape: Shape) -> Method:
 
     ids, inner = shape.ids(), shape.model(tied=False).requires_grad_(False)
     inner.get_input_embeddings().requires_grad_(True)  # as its worker_utils prepares a model
-    collector = Collect(model=inner.base_model)
+    collector = Collect(model=inner.base_model, processor=GradientProcessor(**projection))
     covered = {name: f"transformer.{name}.weight" for name in collector.target_info}
 
-    def run() -> Found:
+    def run() -> Found | None:
         with collector:
             losses(inner, ids).sum().backward()
         inner.zero_grad(set_to_none=True)
-        found = {covered[name]: grads for name, grads in collector.mod_grads.items()}
+        found = dict(collector.mod_grads)
         collector.mod_grads.clear()
-        return found
+        return None if projection else {covered[name]: grads for name, grads in found.items()}
 
     model = shape.model(tied=False)
     return Method(model, run, _share(model, covered.values()), "untied head; matrices of the blocks only")
+
+
+def trak(dim: int, shape: Shape) -> Method:
+    import numpy as np
+    from trak import TRAKer
+    from trak.modelout_functions import AbstractModelOutput
+
+    class Loss(AbstractModelOutput):  # of one example, as everywhere here; its own outputs are margins
+        def __init__(self) -> None: ...
+
+        @staticmethod
+        def get_output(model: nn.Module, weights: Any, buffers: Any, example: Tensor) -> Tensor:
+            def call(tokens: Tensor) -> Any:
+                return torch.func.functional_call(model, (weights, buffers), (tokens,))
+
+            return losses(call, example[None])[0]
+
+        def get_out_to_loss_grad(self, model: nn.Module, weights: Any, buffers: Any, batch: Any) -> Tensor:
+            return torch.ones(len(batch[0]), 1)
+
+    model, ids, folder = shape.model(), shape.ids(), tempfile.TemporaryDirectory()
+    traker = TRAKer(
+        model=model,
+        task=Loss(),
+        train_set_size=len(ids),
+        save_dir=folder.name,
+        load_from_save_dir=False,
+        device="cpu",
+        proj_dim=dim,
+        use_half_precision=False,
+        logging_level=logging.ERROR,
+    )
+    traker.load_checkpoint(model.state_dict(), model_id=0)
+
+    def run() -> None:
+        assert folder  # which is deleted with this function
+        traker.saver.current_store["is_featurized"][:] = 0  # else it would skip them
+        traker.featurize(batch=(ids,), inds=np.arange(len(ids)))
+
+    return Method(shape.model(), run, 1.0, "BasicProjector, normals made anew; featurize, with its files")
+
+
+def dattri_trak(dim: int, shape: Shape) -> Method:
+    from dattri.func.projection import random_project
+    from dattri.task import AttributionTask
+
+    model, ids = shape.model(), shape.ids()
+
+    def loss(values: dict[str, Tensor], example: Tensor) -> Tensor:
+        def call(tokens: Tensor) -> Any:
+            return torch.func.functional_call(model, values, (tokens,))
+
+        return losses(call, example[None])[0]
+
+    task = AttributionTask(loss, model, model.state_dict())
+    each = task.get_grad_loss_func(in_dims=(None, 0))
+    parameters, _ = task.get_param(ckpt_idx=0)
+
+    def run() -> None:  # what it does with a batch, less the probabilities
+        grads = torch.nan_to_num(each(parameters, ids))
+        grads /= math.sqrt(grads.shape[1])
+        random_project(grads, len(grads), dim, proj_max_batch_size=32, device="cpu")(grads, ensemble_id=0)
+
+    return Method(
+        shape.model(),
+        run,
+        1.0,
+        "as TRAKAttributor.cache: vmap over one flat vector of weights, projector and normals made anew",
+    )
+
+
+def less(dim: int, shape: Shape) -> Method:
+    """After its collect_grad_reps.py, where 16 gradients are projected at a time, without Adam's moments."""
+    from trak.projectors import BasicProjector, ProjectionType
+
+    model, ids = shape.model(), shape.ids()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    signs = ProjectionType.rademacher
+    projector = BasicProjector(size, dim, 0, signs, torch.device("cpu"), block_size=128, dtype=torch.float32)
+
+    def gradient(example: Tensor) -> Tensor:
+        model.zero_grad(set_to_none=True)
+        losses(model, example).sum().backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    def run() -> None:
+        for part in ids.split(16):
+            grads = torch.stack([gradient(example) for example in part.split(1)])
+            projector.project(grads.to(torch.float16), model_id=0)
+
+    return Method(shape.model(), run, 1.0, "its loop of one, then traker's BasicProjector, signs made anew")
 
 
 OURS: dict[str, Callable[[Shape], Method]] = {
@@ -235,6 +374,7 @@ OURS: dict[str, Callable[[Shape], Method]] = {
     "gradscale: norms + sums + sketch, K=512": partial(norms_sums_and_sketch, 512),
     "gradscale: norms + sums + sketch, K=4096": partial(norms_sums_and_sketch, 4096),
     "gradscale: norms + 64 Gaussian probes": partial(norms_and_probes, 64),
+    "gradscale: norms + 64 Gaussian probes, regenerated": partial(norms_and_regenerated_probes, 64),
     "gradscale: gradients, layer by layer": materialized,
 }
 PEERS: dict[str, Callable[[Shape], Method]] = {
@@ -246,5 +386,21 @@ PEERS: dict[str, Callable[[Shape], Method]] = {
     "backpack: BatchGrad": backpack_grads,
     "backpack: BatchL2Grad": backpack_norms,
     "bergson: gradients": bergson,
+    "bergson: p=16": partial(bergson_two_sided, 16),
+    "bergson: p=32": partial(bergson_two_sided, 32),
+    "bergson: global, K=512": partial(bergson_global, 512),
+    "traker: featurize, K=512": partial(trak, 512),
+    "dattri: TRAK, K=512": partial(dattri_trak, 512),
+    "LESS-like loop + BasicProjector, K=512": partial(less, 512),
 }
 METHODS = OURS | PEERS
+# Ten times plain and more: run a few times, on the first shape alone.
+SLOW = frozenset(
+    {
+        "gradscale: norms + 64 Gaussian probes, regenerated",
+        "bergson: global, K=512",
+        "traker: featurize, K=512",
+        "dattri: TRAK, K=512",
+        "LESS-like loop + BasicProjector, K=512",
+    }
+)
