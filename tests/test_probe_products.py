@@ -22,13 +22,14 @@ from torch.nn import functional as F
 
 import gradscale as gs
 from gradscale.cli import main
+from gradscale.grads.subject import Subject
 from gradscale.measures.gaussian_width import GaussianWidth, WidthState
 from gradscale.measures.moments import MomentsStatistic
 from gradscale.run.forecast import forecast
 from gradscale.run.forward import finite_products
 from gradscale.run.plan import Plan
 from gradscale.run.probe_products import Choice, choose, mean_positions
-from gradscale.run.shard import Subject, bound, prepare, run_shard
+from gradscale.run.shard import bound, prepare, run_shard
 from gradscale.sketches import blocks, parse_sketch
 from gradscale.task import Task, TensorExamples
 

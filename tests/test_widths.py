@@ -26,6 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import ModelAtHand, Recurrent, SelfAttention, Toy, UsedTwice, conv_net, gradients_one_by_one
 from run_problems import FewDigits, Given, Regression, save_digits
+from test_before_a_run import run_command
 from test_stored_sketches import write_run
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -34,7 +35,9 @@ from torch.utils.checkpoint import checkpoint
 import gradscale as gs
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import Projected
+from gradscale.grads.subject import Subject
 from gradscale.measures.exact_sum import add_totals, total_of, value_of
+from gradscale.measures.featurizer import FeaturizerWidth
 from gradscale.measures.gaussian_width import GaussianWidth, WidthState, state_of
 from gradscale.measures.gram_width import (
     Distortion,
@@ -50,7 +53,7 @@ from gradscale.measures.measure import Estimate
 from gradscale.run.features import featurizer_width
 from gradscale.run.forward import forward_products
 from gradscale.run.probe_products import check_forward, forward_is_cheaper
-from gradscale.run.shard import Subject, load_batch, prepare, read_batch, run_shard
+from gradscale.run.shard import load_batch, prepare, read_batch, run_shard
 from gradscale.run.widths import _interval
 from gradscale.sketches.count import CountSketch
 from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch
@@ -578,6 +581,36 @@ def test_features_that_are_missing_or_not_one_vector_an_example_are_refused() ->
         featurizer_width(WithFeatures(((1.0,) * 4,) * 2, shape=(2, 2, 2)))
     with pytest.raises(GradscaleError, match="num_probes must be a whole number of at least 1, got 0"):
         featurizer_width(Toy(), num_probes=0)
+    with pytest.raises(GradscaleError, match="num_probes must be at least 1, got 0"):
+        FeaturizerWidth(0)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_run_measures_the_featurizer_width_beside_gradients(tmp_path: Path) -> None:
+    """With the same bits, however its points were cut; features that are not finite have no part in it."""
+    points = torch.randn(13, 4, generator=torch.Generator().manual_seed(0)).tolist()
+    task = WithFeatures(tuple(map(tuple, points)))
+    alone = featurizer_width(task, num_probes=32, seed=3)
+    for shard_size in (3, 13):
+        measures = [gs.FeaturizerWidth(32, seed=3), GaussianWidth(8)]
+        settings: dict[str, Any] = {"workers": 1, "shard_size": shard_size, "microbatch": 3}
+        found = gs.measure(task, str(tmp_path / str(shard_size)), measures=measures, **settings).estimates()
+        found = found[found["measure"] == "featurizer"].set_index("name")
+        assert set(found.index) == {"width", "symmetrized"}
+        for name, estimate in alone.items():
+            assert found.loc[name, ["value", "stderr", "n"]].tolist() == [estimate.value, estimate.stderr, 13]
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_task_without_features_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    with pytest.raises(GradscaleError, match="leave the measure featurizer out"):
+        gs.measure(Toy(), str(tmp_path / "run"), measures=[gs.FeaturizerWidth()], workers=1)
+    assert not (tmp_path / "run" / "rows").exists()
+
+
+def test_plan_says_what_features_cost(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(monkeypatch, "plan", "--task", "digits", "--measures", "featurizer:num_probes=4") == 0
+    assert "and a forward pass for task.features" in capsys.readouterr().out
 
 
 # --- from a finished run ----------------------------------------------------------------------------------------------

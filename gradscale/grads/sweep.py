@@ -25,6 +25,7 @@ from gradscale.grads.layer import DenseGrads, EmbeddingGrads, LayerGrads, OuterG
 _TILE_ENTRIES = 1 << 20  # of a parameter in a tile
 _PRODUCT_ENTRIES = 1 << 16  # the same with products: the blocks of a map, whatever the batch
 _CPU_TILE = 1 << 21  # entries of a tile's examples together: 8 MB of float32, which a last-level cache may hold
+_FOLDED = 2  # times as many with folds, whose calls on a tile are several
 _GPU_TILE = 1 << 26
 _RUN = 1 << 10  # entries whose squares are added up in float32
 _PASS_COST = 8.0  # multiplications for which an entry in the cache can be read or written once
@@ -127,6 +128,7 @@ def _tile_shape(grads: LayerGrads, request: Request) -> tuple[int, int]:
     batch, rows, columns = grads.shape
     budget, entries = (_CPU_TILE, _TILE_ENTRIES) if grads.device.type == "cpu" else (_GPU_TILE, _GPU_TILE)
     height = min(rows, max(1, (_PRODUCT_ENTRIES if request.products else entries) // columns))
+    budget *= _FOLDED if request.folds else 1
     groups = -(-batch // max(1, budget // (columns * height)))
     return height, -(-batch // groups)
 

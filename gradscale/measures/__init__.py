@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
+from gradscale.measures.featurizer import FeaturizerWidth
 from gradscale.measures.gaussian_width import GaussianWidth
 
-MEASURES: dict[str, type[Coherence | Dispersion | GaussianWidth]] = {
+MEASURES: dict[str, type[Coherence | Dispersion | FeaturizerWidth | GaussianWidth]] = {
     "coherence": Coherence,
     "dispersion": Dispersion,
     "gaussian_width": GaussianWidth,
+    "featurizer": FeaturizerWidth,
 }

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from torch import Tensor
 
 from gradscale.grads.readings import GradientSums, Projected, Reading, has_direction
+from gradscale.grads.subject import Subject
+from gradscale.task import Batch
 
 S = TypeVar("S", bound=NamedTuple)
 
@@ -36,11 +38,28 @@ class Estimate(NamedTuple):
     unit: str
 
 
+@runtime_checkable
+class Observation(Protocol):
+    """What a measure reads from the task beside the gradients of the losses, in passes of its own.
+
+    Frozen, hashable settings; what they give depends on the example alone, not on its batch. `cost` is a line for
+    `gradscale plan`.
+    """
+
+    @property
+    def cost(self) -> str: ...
+
+    def observe(self, subject: Subject, batch: Batch) -> Tensor:
+        """[B, ...], of a batch on the subject's device."""
+        ...
+
+
 class MicroBatch(NamedTuple):
     """The readings of the finite examples of one shard; those with a non-finite loss or gradient are left out.
 
     `block` numbers the jackknife block (a contiguous run of shards) that the microbatch belongs to.
-    `sums[reading][class or None][parameter]` is [P]; `projections[reading]` is [B, K].
+    `sums[reading][class or None][parameter]` is [P]; `projections[reading]` is [B, K]; `observations[observation]` is
+    [B, ...].
     """
 
     ids: Tensor  # [B] int64
@@ -51,6 +70,7 @@ class MicroBatch(NamedTuple):
     sums: Mapping[GradientSums, Mapping[int | None, Mapping[str, Tensor]]]
     projections: Mapping[Projected, Tensor]
     block: int
+    observations: Mapping[Observation, Tensor] = {}
 
     @property
     def directed(self) -> Tensor:
@@ -66,7 +86,7 @@ class Statistic(Protocol[S]):
     """
 
     @property
-    def needs(self) -> frozenset[Reading]: ...
+    def needs(self) -> frozenset[Reading | Observation]: ...
 
     def init(self) -> S: ...
 

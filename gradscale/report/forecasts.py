@@ -34,6 +34,8 @@ def forecast_lines(cost: Forecast, workers: int, shard_size: int) -> Iterator[st
     yield f"          of {1 / cost.seconds:,.0f} examples/s, {ratio:.2f} times a plain forward and backward pass"
     if cost.passes > 1:
         yield f"          in {cost.passes} such passes, the second for sums of unit gradients"
+    for cost_of_one in cost.observations:
+        yield f"          and {cost_of_one}"
     yield f"  rows    {_bytes(cost.row_bytes * total)} before compression"
     if cost.scheme is not None:
         each = _bytes(cost.sketch_bytes * cost.examples)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from gradscale.errors import GradscaleError
 from gradscale.grads.call import float_tensors
 from gradscale.grads.readings import GradientSums, Readings, SquaredNorms
-from gradscale.run.shard import Subject, batch_size, labels_of, load_batch, read_batch
+from gradscale.grads.subject import Subject
+from gradscale.run.shard import batch_size, labels_of, load_batch, read_batch
 from gradscale.task import Batch
 
 _EXAMPLES = 4

@@ -11,10 +11,11 @@ from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import passes
+from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Statistic
 from gradscale.run.check import check_subject
 from gradscale.run.probe_products import Choice, choose
-from gradscale.run.shard import ShardResult, Subject, bound, load_batch, needs_of, run_shard
+from gradscale.run.shard import ShardResult, bound, load_batch, needs_of, observations_of, run_shard
 from gradscale.sketches import Sketch
 from gradscale.store.narrow import DTYPES, check_dtype
 
@@ -32,6 +33,7 @@ class Forecast(NamedTuple):
     state_bytes: int  # a shard, until its step is complete; by class, for the classes of one microbatch
     scheme: Mapping[str, object] | None  # of the sketch
     probe_products: Choice
+    observations: tuple[str, ...]  # what each costs beside
 
     def hours(self, workers: int) -> float:
         """With `workers` workers as fast as this one, all of them busy."""
@@ -91,6 +93,7 @@ def forecast(
         sum(leaf.nbytes for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor)),
         mapped.scheme if mapped is not None else None,
         choice,
+        tuple(observation.cost for observation in observations_of(statistics)),
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import Projected, Reading
+from gradscale.grads.subject import Subject
 from gradscale.grads.waiting import sent
 from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.task import Batch
-
-if TYPE_CHECKING:
-    from gradscale.run.shard import Subject
 
 TOGETHER = 4  # probes held at a time: a call of Philox gives as many numbers
 _MISSING = ("forward ad", "forward mode", "jvp")  # in torch's messages about a derivative that it lacks

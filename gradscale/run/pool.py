@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from gradscale.errors import GradscaleError, OutOfMemory
 from gradscale.run.cluster import Resources
-from gradscale.run.shard import memory_message
+from gradscale.run.memory import memory_message
 from gradscale.run.worker import Job, Worker
 
 _LOG = logging.getLogger("gradscale")

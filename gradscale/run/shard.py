@@ -8,39 +8,24 @@ Shapes: B examples of a microbatch, n of the shard, L parameters, K sketch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from gradscale.errors import GradscaleError, OutOfMemory
-from gradscale.grads.coverage import Site, select_parameters, sites
+from gradscale.errors import GradscaleError
+from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
+from gradscale.grads.subject import Subject
 from gradscale.grads.waiting import Doubts, sent
-from gradscale.measures.measure import MicroBatch, Statistic
+from gradscale.measures.measure import MicroBatch, Observation, Statistic
 from gradscale.run.forward import finite_products, forward_products, probes_in
+from gradscale.run.memory import explaining_memory
 from gradscale.sketches import BoundSketch, Sketch
 from gradscale.sketches.gaussian import GaussianProbes
-from gradscale.task import Batch, Examples, Task
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model ready to be measured: what does not change from shard to shard of one checkpoint."""
-
-    task: Task
-    model: nn.Module
-    examples: Examples
-    parameters: Mapping[str, nn.Parameter]
-    sites: tuple[Site, ...]
-
-    @property
-    def device(self) -> torch.device:
-        return next(iter(self.parameters.values())).device
+from gradscale.task import Batch, Task
 
 
 class Columns(NamedTuple):
@@ -118,7 +103,8 @@ def run_shard(
     probes = probes_in(needs) if forward else {}
     readings, labels = _read_range(subject, ids, microbatch, needs - probes.keys())
     readings = _with_products(subject, ids, microbatch, readings, probes)
-    batch = _finite_part(subject, ids, readings, labels, block)
+    observations = _observed(subject, ids, microbatch, observations_of(statistics))
+    batch = _finite_part(subject, ids, readings, labels, block, observations)
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
 
@@ -194,9 +180,15 @@ def labels_of(task: Task, batch: Batch) -> Tensor | None:
 
 
 def needs_of(statistics: Sequence[Statistic[Any]], sketch: BoundSketch | None) -> frozenset[Reading]:
-    """What is read from every microbatch."""
-    asked: frozenset[Reading] = frozenset({SquaredNorms()}).union(*(statistic.needs for statistic in statistics))
-    return asked | {Projected(sketch)} if sketch is not None else asked
+    """What is read from the gradients of every microbatch."""
+    needs = [need for statistic in statistics for need in statistic.needs if not isinstance(need, Observation)]
+    return frozenset({SquaredNorms(), *needs, *([Projected(sketch)] if sketch is not None else [])})
+
+
+def observations_of(statistics: Sequence[Statistic[Any]]) -> tuple[Observation, ...]:
+    """What is read beside them, each once."""
+    needs = (need for statistic in statistics for need in statistic.needs if isinstance(need, Observation))
+    return tuple(dict.fromkeys(needs))
 
 
 def _read_range(
@@ -248,6 +240,19 @@ def _with_products(
     return readings._replace(projections={**readings.projections, **found})
 
 
+def _observed(
+    subject: Subject, ids: range, microbatch: int, observations: Sequence[Observation]
+) -> dict[Observation, Tensor]:
+    """[n, ...] each."""
+    parts: dict[Observation, list[Tensor]] = {observation: [] for observation in observations}
+    for start in range(0, len(ids) if parts else 0, microbatch):
+        with explaining_memory(microbatch):
+            batch = load_batch(subject, ids[start : start + microbatch])
+            for observation, found in parts.items():
+                found.append(observation.observe(subject, batch))
+    return {observation: torch.cat(found) for observation, found in parts.items()}
+
+
 def _joined(parts: Sequence[Readings]) -> Readings:
     """The readings of consecutive microbatches as one; they share their sums."""
     return Readings(
@@ -259,7 +264,14 @@ def _joined(parts: Sequence[Readings]) -> Readings:
     )
 
 
-def _finite_part(subject: Subject, ids: range, readings: Readings, labels: Tensor | None, block: int) -> MicroBatch:
+def _finite_part(
+    subject: Subject,
+    ids: range,
+    readings: Readings,
+    labels: Tensor | None,
+    block: int,
+    observations: Mapping[Observation, Tensor],
+) -> MicroBatch:
     keep = readings.finite
     return MicroBatch(
         torch.arange(ids.start, ids.stop, device=keep.device)[keep],
@@ -270,6 +282,7 @@ def _finite_part(subject: Subject, ids: range, readings: Readings, labels: Tenso
         readings.sums,
         {reading: products[keep] for reading, products in readings.projections.items()},
         block,
+        {observation: found[keep.to(found.device)] for observation, found in observations.items()},
     )
 
 
@@ -289,26 +302,3 @@ def _columns(ids: range, readings: Readings, labels: Tensor | None, sketch: Boun
         ),
     )
     return on_cpu
-
-
-@contextmanager
-def explaining_memory(microbatch: int) -> Iterator[None]:
-    """Turns running out of memory into an error that says which microbatch size to try."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise OutOfMemory(memory_message(microbatch)) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
-
-
-def memory_message(microbatch: int) -> str:
-    if microbatch > 1:
-        return f"a worker ran out of memory with microbatch {microbatch}; try --microbatch {microbatch // 2}"
-    return "a worker ran out of memory with microbatch 1; give it more memory, or measure fewer parameters by --params"

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from gradscale.grads.capture import capture
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import Reading
+from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Estimate, Estimates, MicroBatch
-from gradscale.run.shard import Subject, batch_size, explaining_memory, load_batch
+from gradscale.run.memory import explaining_memory
+from gradscale.run.shard import batch_size, load_batch
 from gradscale.store.narrow import Narrowed
 from gradscale.store.sketches import cosine_error
 

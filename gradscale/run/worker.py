@@ -13,19 +13,20 @@ import torch
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import describe
+from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
+from gradscale.run.memory import explaining_memory
 from gradscale.run.plan import Plan, Unit
 from gradscale.run.probe_products import Choice, choose
 from gradscale.run.shard import (
     Columns,
     ShardResult,
-    Subject,
     bound,
-    explaining_memory,
     labels_of,
     load_batch,
+    observations_of,
     prepare,
     run_shard,
 )
@@ -105,6 +106,8 @@ class Worker:
             statistics = statistics_of(self._job.measures)
             choice = choose(self._job.probe_products, subject, statistics, self._job.microbatch, shard_size)
         first = load_batch(subject, range(1))
+        for observation in observations_of(statistics):
+            observation.observe(subject, first)
         return Description(
             examples,
             fingerprint(subject.examples),

@@ -130,7 +130,7 @@ class CountFold:
     def finish(self, sums: Tensor, total: Tensor) -> None:
         signed = sums * self.sum_signs
         if self.width == self.modulus <= self.dim:
-            total.index_add_(1, self.places, signed.double())
+            total.scatter_add_(1, self.places.expand(len(sums), -1), signed.double())
             return
         placed = signed.index_select(1, _sources(self.seed, self.dim, self._parts, str(self.device)))
         total += placed.view(len(sums), self._parts, self.dim).sum(dim=1).roll(self._turn, dims=1)
@@ -198,7 +198,7 @@ def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:
 def _add_rows(blocks: Tensor, sums: Tensor) -> None:
     """Add the sums of `blocks` [b, n, W] over n to `sums` [b, W]."""
     if blocks.device.type == "cpu":  # a product with ones is the faster sum
-        sums[:, None].baddbmm_(blocks.new_ones(1, 1, blocks.shape[1]).expand(len(blocks), -1, -1), blocks)
+        sums += torch.bmm(blocks.new_ones(1, 1, blocks.shape[1]).expand(len(blocks), -1, -1), blocks)[:, 0]
     else:
         sums += blocks.sum(dim=1)
 
