@@ -18,7 +18,7 @@ _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-_CACHE_WORDS = 1 << 15
+_CACHE_WORDS = 1 << 17  # made at a time
 
 Key = tuple[int, int]
 
