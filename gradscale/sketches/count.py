@@ -3,11 +3,11 @@
 Entry (r, c) of a parameter, the p-th in row-major order, gets the sign s(r) s'(c) s''(p mod W) and is added to sum
 p mod W of W, a random prime: a sum over the rows of a matrix with W columns, where nothing is moved entry by entry.
 The W sums, a small part of the entries, are cut into parts of K; the K sums of a part go to the K places in a random
-order, turned by a random number of the parameter's own. So two entries of one parameter meet with probability 1 / K,
-or, if their distance is a multiple of a prime that W is drawn from, with one over the number of those primes (464 or
-more) beside. Entries that share a sum differ in row and column, W being more than both (up to 262,144), so that
-products of s and s' do to the variance what a sign for each entry would. A parameter of few entries goes without a
-modulus, s and s'.
+order, turned by a random number of the parameter's own. So two entries of one parameter meet with probability 1 / K
+(1.04 / K at most, since W is no multiple of K), or, if their distance is a multiple of a prime that W is drawn from,
+with one over the number of those primes (464 or more) beside. Entries that share a sum differ in row and column, W
+being more than both (up to 262,144), so that products of s and s' do to the variance what a sign for each entry would.
+A parameter of few entries goes without a modulus, s and s'.
 
 Signs, primes, orders and turns are Philox words, keyed by (version, seed, role, parameter).
 
@@ -207,7 +207,7 @@ def _add_rows(blocks: Tensor, sums: Tensor) -> None:
 def _modulus(seed: int, parameter: str, rows: int, columns: int, dim: int) -> int:
     """A random prime from W_0 to 2 W_0, or P itself where W_0 is not much less."""
     entries, longest = rows * columns, 1 + max(rows, columns) if rows > 1 else 0
-    lowest = max(dim, _SMALLEST, min(max(entries // _BLOCKS, longest), _LARGEST))
+    lowest = max(2 * dim, _SMALLEST, min(max(entries // _BLOCKS, longest), _LARGEST))
     if entries <= 4 * lowest:
         return entries
     for word in words(_key("modulus", seed, parameter), 0, 1 << 10, _HOST).tolist():
