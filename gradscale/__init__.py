@@ -20,9 +20,13 @@ if TYPE_CHECKING:
     from gradscale.measures.measure import Estimate as Estimate
     from gradscale.measures.measure import MicroBatch as MicroBatch
     from gradscale.measures.measure import Observation as Observation
+    from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
+    from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
+    from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
+    from gradscale.run.two_runs import stiffness_between as stiffness_between
     from gradscale.run.widths import tuple_width as tuple_width
     from gradscale.run.widths import width as width
     from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
@@ -48,9 +52,13 @@ _HOMES = {
     "Estimate": "gradscale.measures.measure",
     "MicroBatch": "gradscale.measures.measure",
     "Observation": "gradscale.measures.measure",
+    "Stiffness": "gradscale.measures.stiffness",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
+    "sign_stiffness": "gradscale.run.sign_stiffness",
+    "stiffness_by_distance": "gradscale.run.stiffness_distance",
+    "stiffness_between": "gradscale.run.two_runs",
     "tuple_width": "gradscale.run.widths",
     "width": "gradscale.run.widths",
     "GaussianSketch": "gradscale.sketches.gaussian",

@@ -35,8 +35,9 @@ class Task(Protocol):
 
     Optional methods, called only by the measures that need them: `labels(batch) -> [B]` integer
     classes, for per-class estimates and the `label` column; `features(model, batch) -> [B, F]`, what the last
-    layer is given, for the featurizer width. The batch of `labels` is as `examples` gave it; that of `losses` and
-    `features` is on the model's device.
+    layer is given, for the featurizer width; `inputs(model, batch) -> [B, d]`, where examples lie in input space
+    (pixels, the mean embedding of a sequence), for stiffness against distance. The batch of `labels` is as `examples`
+    gave it; that of the others is on the model's device.
     """
 
     def model(self, checkpoint: str | None) -> nn.Module:

@@ -28,6 +28,7 @@ from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.measure import Estimate, Measure, MicroBatch, OverSteps, Statistic, statistic_of
 from gradscale.measures.moments import MomentsStatistic
+from gradscale.measures.unit_sums import UnitSumsStatistic
 from gradscale.run.fold import flatten, statistics_of, unflatten
 from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.store.store import decode_states, encode_states
@@ -36,8 +37,14 @@ SHAPES = {"z.weight": 6, "a.bias": 1, "head/odd|name": 3}  # L parameters, not i
 NAMES = list(SHAPES)
 P = sum(SHAPES.values())
 PROBES = 5
-STATISTICS: list[Statistic[Any]] = [MomentsStatistic(), MomentsStatistic(by_class=True), GaussianWidth(PROBES, seed=3)]
-EXACT = ("counts", "examples", "largest", "smallest", "total")  # sums of integers, exact sums, and maxima
+STATISTICS: list[Statistic[Any]] = [
+    MomentsStatistic(),
+    MomentsStatistic(by_class=True),
+    GaussianWidth(PROBES, seed=3),
+    UnitSumsStatistic(),
+    UnitSumsStatistic(by_class=True),
+]
+EXACT = ("counts", "zeros", "examples", "largest", "smallest", "total")  # sums of integers, exact sums, and maxima
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 laws = settings(deadline=None, max_examples=40)
@@ -51,6 +58,7 @@ def microbatches(draw: st.DrawFn) -> MicroBatch:
     generator = torch.Generator().manual_seed(seed)
     scale = 10.0 ** draw(st.integers(-3, 3))
     grads = scale * torch.randn(B, P, dtype=torch.float64, generator=generator)
+    grads[torch.rand(B, generator=generator) < 0.2] = 0.0
     labels = torch.randint(-1, 3, (B,), generator=generator)
     return micro(grads, labels, block=draw(st.integers(0, 2)), spare_classes=draw(st.sampled_from([(), (1,), (7,)])))
 
@@ -490,6 +498,9 @@ def micro(grads: Tensor, labels: Tensor, block: int, spare_classes: tuple[int, .
     parts: Mapping[str, Tensor] = dict(zip(NAMES, grads.split(list(SHAPES.values()), dim=1), strict=True))
     groups = sorted({int(c) for c in labels} | set(spare_classes))
     by_class: Sums = {c: {name: part[labels == c].sum(dim=0) for name, part in parts.items()} for c in groups}
+    norms = grads.norm(dim=1, keepdim=True)
+    units = {name: torch.where(norms > 0, part / norms, 0.0) for name, part in parts.items()}
+    units_by_class: Sums = {c: {name: unit[labels == c].sum(dim=0) for name, unit in units.items()} for c in groups}
     batch = MicroBatch(
         torch.arange(len(grads)),
         torch.zeros(len(grads), dtype=torch.float64),
@@ -499,6 +510,8 @@ def micro(grads: Tensor, labels: Tensor, block: int, spare_classes: tuple[int, .
         {
             GradientSums(): {None: {name: part.sum(dim=0) for name, part in parts.items()}},
             GradientSums(by_class=True): by_class,
+            GradientSums(unit=True): {None: {name: unit.sum(dim=0) for name, unit in units.items()}},
+            GradientSums(by_class=True, unit=True): units_by_class,
         },
         {FULL: grads},
         block,

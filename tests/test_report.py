@@ -444,11 +444,9 @@ def test_settings_are_short(key, value, text):
 
 
 def test_a_measure_that_the_report_does_not_know_is_drawn(tmp_path):
-    rows = [
-        (step, "stiffness", "cos", "all", 0.1 * step, 0.01, 9, "estimator", "stiffness/cos/v1", "1") for step in (0, 1)
-    ]
+    rows = [(step, "tilt", "cos", "all", 0.1 * step, 0.01, 9, "estimator", "tilt/cos/v1", "1") for step in (0, 1)]
     page = written(tmp_path, FakeRun("a", rows, some_rows((0, 1))))
-    assert "The stiffness / cos of a rises from 0.000 ± 0.010 at step 0" in page.text
+    assert "The tilt / cos of a rises from 0.000 ± 0.010 at step 0" in page.text
 
 
 # what stands beside a quantity, and what is over all checkpoints so far

@@ -76,12 +76,15 @@ def _lead(runs: Sequence[Measured]) -> str:
 
 
 def _figures(runs: Sequence[Measured]) -> str:
-    from gradscale.report.plots import heat_svg, layer_curves, step_svg
+    from gradscale.report.plots import class_curves, class_svg, heat_svg, layer_curves, step_svg
 
     figures = [_figure(quantity.title, step_svg(runs, quantity), _said(runs, quantity)) for quantity in drawn(runs)]
     if (heat := heat_svg(runs)) is not None:
         said = layers_sentence("coherence α", {run.label: layer_curves(run) for run in runs})
         figures.append(_figure("Coherence α of every parameter", heat, said, wide=True, below=_by_layer(runs)))
+    if (matrix := class_svg(runs)) is not None:
+        said = layers_sentence("cosine stiffness", {run.label: class_curves(run) for run in runs}, "pairs of classes")
+        figures.append(_figure("Cosine stiffness between classes, last step", matrix, said, wide=True))
     if not figures:
         return '<p class="soft">Nothing to draw yet.</p>'
     missing = ", ".join(quantity.noun for quantity in absent(runs))

@@ -62,6 +62,20 @@ def scopes(estimates: pd.DataFrame, measure: str, name: str, kind: str) -> list[
     return [str(scope) for scope in chosen.unique() if str(scope).startswith(f"{kind}:")]
 
 
+def class_matrix(estimates: pd.DataFrame, measure: str, name: str) -> pd.DataFrame:
+    """[C, C] by class, symmetric: a quantity of scope `class:<a>,<b>`, a <= b, at the last step that has it."""
+    curves = {scope: curve(estimates, measure, name, scope) for scope in scopes(estimates, measure, name, "class")}
+    last = max((int(frame["step"].max()) for frame in curves.values()), default=0)
+    at = {
+        tuple(int(c) for c in scope.partition(":")[2].split(",")): float(frame["value"].iloc[-1])
+        for scope, frame in curves.items()
+        if int(frame["step"].max()) == last
+    }
+    classes = sorted({c for pair in at for c in pair})
+    values = [[at.get((min(a, b), max(a, b)), math.nan) for b in classes] for a in classes]
+    return pd.DataFrame(values, index=classes, columns=classes)
+
+
 def _read(run: Run, label: str) -> Measured:
     own = run.estimates()[COLUMNS].copy()
     own["stderr"] = [0.0 if error is None or error is pd.NA else float(error) for error in own["stderr"]]

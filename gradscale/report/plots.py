@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from gradscale.report.measured import Measured, curve, scopes
+from gradscale.report.measured import Measured, class_matrix, curve, scopes
 from gradscale.report.numbers import number_text, power_text
 from gradscale.report.quantities import Quantity, beside, curve_of, unit_of
 from gradscale.report.tables import evenly, shortened
@@ -33,6 +33,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P")
 INK = "#1a2b3c"  # stands for currentColor
 DECADES = 1.3  # beyond this spread an axis of positive values is logarithmic
 HEAT = ("coherence", "alpha")
+MATRIX = ("stiffness", "cos")  # of classes
 MOST_HEAT_LABELS = 40
 DENSE = 40  # steps beyond which errors are a band
 EVEN = 10  # steps from which even spacing makes the axis linear
@@ -82,6 +83,30 @@ def heat_svg(runs: Sequence[Measured]) -> str | None:
         bar.ax.yaxis.set_minor_locator(NullLocator())
         bar.outline.set_linewidth(0.0)
         return _svg(figure, "heat", "Coherence of every parameter by step")
+
+
+def class_svg(runs: Sequence[Measured]) -> str | None:
+    """Stiffness between classes at each run's last step, side by side on one scale; None where no run has it."""
+    held = [(run, table) for run in runs if len(table := class_matrix(run.estimates, *MATRIX))]
+    if not held:
+        return None
+    top = max((abs(v) for _, table in held for v in table.to_numpy().flat if math.isfinite(v)), default=0.0)
+    with matplotlib.rc_context({**_SETTINGS, "svg.hashsalt": "classes"}):
+        grid = (len(held), 1) if _stacked(held) else (1, len(held))
+        figure = Figure(figsize=(11.0, 3.6 * grid[0]), layout="constrained")
+        panels = list(np.ravel(figure.subplots(*grid, squeeze=False)))
+        for axes, (run, table) in zip(panels, held, strict=True):
+            mesh = _draw_classes(axes, run.label, table, Normalize(-top or -1.0, top or 1.0))
+        bar = figure.colorbar(mesh, ax=panels, shrink=0.9, pad=0.01, aspect=30)
+        bar.set_label("mean cosine of gradients")
+        bar.outline.set_linewidth(0.0)
+        return _svg(figure, "classes", "Stiffness between classes")
+
+
+def class_curves(run: Measured) -> dict[str, pd.DataFrame]:
+    """Pair of classes -> its curve of stiffness."""
+    found = scopes(run.estimates, *MATRIX, "class")
+    return {f"classes {s.partition(':')[2].replace(',', ' and ')}": curve(run.estimates, *MATRIX, s) for s in found}
 
 
 def layer_curves(run: Measured) -> dict[str, pd.DataFrame]:
@@ -231,6 +256,22 @@ def _draw_heat(
     ticks = evenly(range(len(steps)), 8)
     axes.set_xticks([j + 0.5 for j in ticks], [number_text(steps[j], 5) for j in ticks], fontsize=8)
     axes.set_xlabel("step")
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return mesh
+
+
+def _draw_classes(axes: Axes, label: str, table: pd.DataFrame, scale: Normalize) -> QuadMesh:
+    values = np.ma.masked_invalid(table.to_numpy(dtype=float))
+    mesh = axes.pcolormesh(values, cmap="RdBu_r", norm=scale, rasterized=table.size > 4000)
+    axes.set_title(shortened(label, 40), fontsize=9)
+    ticks = evenly(range(len(table)), 12)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks([j + 0.5 for j in ticks], [str(table.index[j]) for j in ticks], fontsize=8)
+    axes.set_xlabel("class")
+    axes.set_aspect("equal")
     axes.invert_yaxis()
     axes.tick_params(length=0)
     for spine in axes.spines.values():

@@ -11,6 +11,7 @@ from gradscale.report.measured import Measured, curve
 
 ALPHA_SOURCE = ("Chatterjee & Zielinski (2022), arXiv:2203.10036", "https://arxiv.org/abs/2203.10036")
 NOISE_SOURCE = ("McCandlish et al. (2018), arXiv:1812.06162", "https://arxiv.org/abs/1812.06162")
+STIFFNESS_SOURCE = ("Fort et al. (2019), arXiv:1901.09491", "https://arxiv.org/abs/1901.09491")
 WIDTH_SOURCE = ("Banerjee et al. (2024), arXiv:2406.07712", "https://arxiv.org/abs/2406.07712")
 
 
@@ -124,6 +125,30 @@ KNOWN = (
         "symmetrized Gaussian width of the features", "E maxᵢ |⟨hᵢ, v⟩|, v ~ N(0, I)",
         "The width of the features together with their negatives: unlike the width, it sees what all of them share.",
         PROBES, WIDTH_SOURCE, apart=True,
+    ),
+    Quantity(
+        "stiffness", "cos", "Cosine stiffness", "cosine stiffness", "mean cos(gᵢ, gⱼ) over i ≠ j",
+        "How far a small step along one example's gradient lowers the loss of another: 1 when all gradients point the "
+        "same way, 0 when they are orthogonal on average. Lengths of gradients have no part in it, which sets it apart "
+        "from coherence; it can be compared between different n. Examples of zero gradient are left out.",
+        JACKKNIFE, STIFFNESS_SOURCE, apart=True,
+    ),
+    Quantity(
+        "stiffness", "cos_within", "Cosine stiffness within classes", "cosine stiffness within classes",
+        "mean over classes a of C(a, a)",
+        "The same over pairs of one class, averaged over classes, each with equal weight.",
+        JACKKNIFE, STIFFNESS_SOURCE, apart=True,
+    ),
+    Quantity(
+        "stiffness", "cos_between", "Cosine stiffness between classes", "cosine stiffness between classes",
+        "mean over classes a ≠ b of C(a, b)",
+        "The same over pairs of two classes, averaged over the pairs of classes. Below zero, learning one class "
+        "unlearns another.",
+        JACKKNIFE, STIFFNESS_SOURCE, apart=True,
+    ),
+    Quantity(
+        "stiffness", "zero_gradients", "Examples of zero gradient", "number of examples of zero gradient", "",
+        "They have no cosine and are left out of the stiffness.", plotted=False, apart=True,
     ),
     Quantity(
         "grad_norm", "q50", "Gradient norm", "median gradient norm", "median of |gᵢ|",

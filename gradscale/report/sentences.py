@@ -45,12 +45,12 @@ def sentence(noun: str, curves: Curves) -> str:
     return _of_runs(noun, held) + _left_out(curves, points) + "."
 
 
-def layers_sentence(noun: str, curves: Mapping[str, Curves]) -> str:
-    """What a heat map by parameter shows: run -> parameter -> curve."""
+def layers_sentence(noun: str, curves: Mapping[str, Curves], by: str = "parameter") -> str:
+    """What a heat map by parameter shows: run -> parameter -> curve; or by whatever else, named `by`."""
     clauses = [clause for run, layers in curves.items() if (clause := _layers_of(run, layers))]
     if not clauses:
-        return f"No run has the {noun} by parameter."
-    return f"The {noun} by parameter: {'; '.join(clauses)}."
+        return f"No run has the {noun} by {by}."
+    return f"The {noun} by {by}: {'; '.join(clauses)}."
 
 
 def _of_runs(noun: str, held: Mapping[str, dict[int, Point]]) -> str:

@@ -89,6 +89,10 @@ class CausalLM:
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         return next_token_losses(output.logits, batch["labels"], self.reduction)
 
+    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, d]: the mean over each sequence's tokens of what the embedding gives."""
+        return pretrained.mean_embedding(model, batch["input_ids"], batch["attention_mask"])
+
 
 def next_token_losses(logits: Tensor, labels: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:
     """[B] from logits [B, T, V] and labels [B, T]: position t predicts label t + 1, where it is not -100."""

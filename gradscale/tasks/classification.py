@@ -103,6 +103,12 @@ class Classification:
         """The classes [B], int64."""
         return batch["labels"]
 
+    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, d]: the pixels, or the mean over a text's tokens of what the embedding gives."""
+        if "pixel_values" in batch:
+            return batch["pixel_values"].flatten(1)
+        return pretrained.mean_embedding(model, batch["input_ids"], batch["attention_mask"])
+
     def _changes(self) -> dict[str, Any]:
         return {} if self.num_labels is None else {"num_labels": self.num_labels}
 

@@ -170,6 +170,10 @@ class Digits:
         assert isinstance(model, DigitsViT)
         return model.features(batch["image"])
 
+    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, 64]: the pixels."""
+        return batch["image"].flatten(1)
+
 
 def _patches_of(images: Tensor) -> Tensor:
     """[B, 8, 8] -> [B, 16, 4]: the patches in reading order, and the pixels of each in reading order."""

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -176,6 +176,13 @@ def _not_built(head: Head, source: str, error: Exception) -> GradscaleError:
         f"model {source} must be one that {AUTO_CLASSES[head]} can load with these options, got {error}; "
         "check model_type, num_labels and attn_implementation"
     )
+
+
+def mean_embedding(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """[B, E]: the mean of the input embeddings of token ids [B, T] where `mask` [B, T] is not 0."""
+    embedded: Tensor = cast(Any, model).get_input_embeddings()(ids)
+    kept = mask.to(embedded.dtype)[:, :, None]
+    return (embedded * kept).sum(dim=1) / kept.sum(dim=1)
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -1,0 +1,60 @@
+"""Where a task's examples lie in input space.
+
+Shapes: B examples of a microbatch, n chosen ones, d entries of an input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gradscale.errors import GradscaleError
+from gradscale.run.memory import explaining_memory
+from gradscale.run.shard import check_mode
+from gradscale.store.results import Run
+from gradscale.task import Batch, Task, fingerprint
+
+
+def unit_inputs(run: Run, task: Task, step: int, ids: np.ndarray, microbatch: int) -> tuple[Tensor, Tensor]:
+    """[n, d]: X / |X| of the examples `ids`, ascending, in the inputs' own type; and [n], which have a direction.
+
+    An input that is zero or not finite has none. Cost: the microbatches that hold one of the examples, on the CPU.
+    Raises: GradscaleError if the task has no `inputs`, they are not one vector for each example, or its examples are
+    not those of the run.
+    """
+    inputs: Callable[[nn.Module, Batch], Tensor] | None = getattr(task, "inputs", None)
+    if inputs is None:
+        raise GradscaleError(
+            "stiffness by distance needs task.inputs(model, batch) -> [B, d], got a task without it; add it"
+        )
+    examples, plan = task.examples(), run.plan
+    if len(examples) != plan["examples"] or fingerprint(examples) != plan["data_fingerprint"]:
+        raise GradscaleError(
+            f"task must have the examples that were measured in {run.path}, got others; pass the task of the run"
+        )
+    model = task.model(plan["checkpoints"][str(step)]["path"])
+    check_mode(model)
+    found = []
+    for start in range(0, len(examples), microbatch):
+        part = range(start, min(start + microbatch, len(examples)))
+        chosen = ids[np.searchsorted(ids, part.start) : np.searchsorted(ids, part.stop)] - start
+        if len(chosen):
+            with torch.no_grad(), explaining_memory(microbatch):
+                points = _checked(inputs(model, examples.batch(part)), len(part))
+            found.append(points[torch.from_numpy(chosen)])
+    points = torch.cat(found)
+    norms = points.double().norm(dim=1)
+    kept = norms.isfinite() & (norms > 0)
+    return (points / norms.where(kept, 1.0)[:, None]).to(points.dtype), kept
+
+
+def _checked(points: Tensor, batch: int) -> Tensor:
+    if points.dim() != 2 or len(points) != batch or not points.is_floating_point():
+        raise GradscaleError(
+            f"task.inputs must return floating-point numbers of shape ({batch}, d), got {points.dtype} of shape "
+            f"{tuple(points.shape)}; flatten images, pool the embeddings of sequences over positions"
+        )
+    return points
