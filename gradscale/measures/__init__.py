@@ -6,10 +6,21 @@ from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.featurizer import FeaturizerWidth
 from gradscale.measures.gaussian_width import GaussianWidth
+from gradscale.measures.geometric_complexity import GeometricComplexity
+from gradscale.measures.sensitivity import Sensitivity
+from gradscale.measures.sharpness import Sharpness
+from gradscale.measures.tangent_kernel import TangentKernel
 
-MEASURES: dict[str, type[Coherence | Dispersion | FeaturizerWidth | GaussianWidth]] = {
+_Gradients = Coherence | Dispersion | GaussianWidth
+_Beside = FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel
+
+MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "coherence": Coherence,
     "dispersion": Dispersion,
     "gaussian_width": GaussianWidth,
     "featurizer": FeaturizerWidth,
+    "geometric_complexity": GeometricComplexity,
+    "tangent_kernel": TangentKernel,
+    "sensitivity": Sensitivity,
+    "sharpness": Sharpness,
 }
