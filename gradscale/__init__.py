@@ -16,11 +16,16 @@ if TYPE_CHECKING:
     from gradscale.measures.dispersion import Dispersion as Dispersion
     from gradscale.measures.featurizer import FeaturizerWidth as FeaturizerWidth
     from gradscale.measures.gaussian_width import GaussianWidth as GaussianWidth
+    from gradscale.measures.geometric_complexity import GeometricComplexity as GeometricComplexity
     from gradscale.measures.gram_width import width_of_gram as width_of_gram
     from gradscale.measures.measure import Estimate as Estimate
+    from gradscale.measures.measure import Gathering as Gathering
     from gradscale.measures.measure import MicroBatch as MicroBatch
     from gradscale.measures.measure import Observation as Observation
+    from gradscale.measures.sensitivity import Sensitivity as Sensitivity
+    from gradscale.measures.sharpness import Sharpness as Sharpness
     from gradscale.measures.stiffness import Stiffness as Stiffness
+    from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
@@ -48,11 +53,16 @@ _HOMES = {
     "Dispersion": "gradscale.measures.dispersion",
     "FeaturizerWidth": "gradscale.measures.featurizer",
     "GaussianWidth": "gradscale.measures.gaussian_width",
+    "GeometricComplexity": "gradscale.measures.geometric_complexity",
     "width_of_gram": "gradscale.measures.gram_width",
     "Estimate": "gradscale.measures.measure",
+    "Gathering": "gradscale.measures.measure",
     "MicroBatch": "gradscale.measures.measure",
     "Observation": "gradscale.measures.measure",
     "Stiffness": "gradscale.measures.stiffness",
+    "Sensitivity": "gradscale.measures.sensitivity",
+    "Sharpness": "gradscale.measures.sharpness",
+    "TangentKernel": "gradscale.measures.tangent_kernel",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",

@@ -33,11 +33,21 @@ class Examples(Protocol):
 class Task(Protocol):
     """What is measured. Any importable or picklable object with these three methods.
 
-    Optional methods, called only by the measures that need them: `labels(batch) -> [B]` integer
-    classes, for per-class estimates and the `label` column; `features(model, batch) -> [B, F]`, what the last
-    layer is given, for the featurizer width; `inputs(model, batch) -> [B, d]`, where examples lie in input space
-    (pixels, the mean embedding of a sequence), for stiffness against distance. The batch of `labels` is as `examples`
-    gave it; that of the others is on the model's device.
+    Optional methods, called only by the measures that need them:
+
+    - `labels(batch) -> [B]` integer classes: per-class estimates, the `label` column, and targets where there are none.
+    - `features(model, batch) -> [B, F]`, what the last layer is given: the featurizer width.
+    - `outputs(model, batch) -> [B, C]`, the scores f(x) that the loss is a function of, as logits: tangent kernels.
+      Where an example's outputs are of several positions, these come one after another, and C may grow with the longest
+      example of a batch as long as it has zeros where others are shorter.
+    - `inputs(model, batch) -> [B, ...]`, the numbers x that f is a function of: pixels, or embeddings of tokens; and
+      `outputs_of(model, inputs, batch) -> [B, C]`, f of such inputs, where what else f takes (masks) is from the batch.
+      `outputs_of(model, inputs(model, batch), batch)` is `outputs(model, batch)`. Geometric complexity.
+    - `input_vectors(model, batch) -> [B, d]`, where examples lie in input space (pixels, the mean embedding of a
+      sequence): stiffness against distance.
+    - `targets(batch) -> [B, C]`, what the outputs are fitted to: alignment. Without it, the labels one-hot.
+
+    The batch of `labels` is on the host; that of the others is on the model's device.
     """
 
     def model(self, checkpoint: str | None) -> nn.Module:

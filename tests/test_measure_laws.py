@@ -25,9 +25,17 @@ from gradscale.grads.layer import DenseGrads
 from gradscale.grads.readings import GradientSums, Projected, Sums
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
+from gradscale.measures.exact_sum import total_of
 from gradscale.measures.gaussian_width import GaussianWidth
-from gradscale.measures.measure import Estimate, Measure, MicroBatch, OverSteps, Statistic, statistic_of
+from gradscale.measures.geometric_complexity import GeometricComplexity
+from gradscale.measures.measure import Estimate, Gathering, Measure, MicroBatch, OverSteps, Statistic, statistic_of
 from gradscale.measures.moments import MomentsStatistic
+from gradscale.measures.perturbation import draws_of
+from gradscale.measures.probe_means import means_of
+from gradscale.measures.sensitivity import Sensitivity, SensitivityState
+from gradscale.measures.sharpness import AscentState, Sharpness
+from gradscale.measures.tangent_kernel import TangentKernel
+from gradscale.measures.tangent_passes import TangentState
 from gradscale.measures.unit_sums import UnitSumsStatistic
 from gradscale.run.fold import flatten, statistics_of, unflatten
 from gradscale.sketches.gaussian import GaussianProbes
@@ -37,14 +45,19 @@ SHAPES = {"z.weight": 6, "a.bias": 1, "head/odd|name": 3}  # L parameters, not i
 NAMES = list(SHAPES)
 P = sum(SHAPES.values())
 PROBES = 5
+BESIDE = (GeometricComplexity(3), TangentKernel(2, alignment=True), Sensitivity(num_draws=2), Sharpness(num_draws=2))
 STATISTICS: list[Statistic[Any]] = [
     MomentsStatistic(),
     MomentsStatistic(by_class=True),
     GaussianWidth(PROBES, seed=3),
     UnitSumsStatistic(),
     UnitSumsStatistic(by_class=True),
+    *BESIDE,
 ]
-EXACT = ("counts", "zeros", "examples", "largest", "smallest", "total")  # sums of integers, exact sums, and maxima
+EXACT = (  # sums of integers, exact sums, and maxima
+    *("counts", "zeros", "examples", "largest", "smallest", "total"),
+    *("totals", "ascent_batches", "ascent_totals"),
+)
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 laws = settings(deadline=None, max_examples=40)
@@ -60,7 +73,8 @@ def microbatches(draw: st.DrawFn) -> MicroBatch:
     grads = scale * torch.randn(B, P, dtype=torch.float64, generator=generator)
     grads[torch.rand(B, generator=generator) < 0.2] = 0.0
     labels = torch.randint(-1, 3, (B,), generator=generator)
-    return micro(grads, labels, block=draw(st.integers(0, 2)), spare_classes=draw(st.sampled_from([(), (1,), (7,)])))
+    spare = draw(st.sampled_from([(), (1,), (7,)]))
+    return with_beside(micro(grads, labels, block=draw(st.integers(0, 2)), spare_classes=spare))
 
 
 @st.composite
@@ -124,7 +138,7 @@ def test_states_survive_storage_bit_for_bit(data: st.DataObject) -> None:
 def test_a_stored_state_goes_on_like_the_one_that_was_not_stored() -> None:
     data = Data.random(3, [4, 5, 3])
     for statistic in STATISTICS:
-        first, rest = data.batches[0], data.batches[1:]
+        first, *rest = map(with_beside, data.batches)
         state = statistic.update(statistic.init(), first)
         (stored,) = unflatten([statistic], decode_states(encode_states(flatten({statistic: state})))).values()
         same(reduce(statistic.update, rest, stored), reduce(statistic.update, rest, state), bits=True)
@@ -519,6 +533,30 @@ def micro(grads: Tensor, labels: Tensor, block: int, spare_classes: tuple[int, .
     if not len(grads):
         return batch._replace(projections={FULL: grads, READ_BY_LAWS: torch.zeros(0, PROBES, dtype=torch.float64)})
     return batch._replace(projections={FULL: grads, **project(batch, {READ_BY_LAWS})})
+
+
+def with_beside(batch: MicroBatch) -> MicroBatch:
+    """With what stands in for observations and for what is gathered."""
+    grads = batch.projections[FULL]
+    observations = {BESIDE[0].observation: grads[:, :3].square(), BESIDE[3].observation: grads[:, :2]}
+    return batch._replace(observations=observations, gathered=gathered_of(grads))
+
+
+def gathered_of(grads: Tensor) -> dict[Gathering[Any], Any]:
+    """What stands in for that of a microbatch with these gradients; none of several fields is that of another."""
+    _, tangent, sensitivity, sharpness = BESIDE
+    means, draws = means_of(grads[:, 3:6].square()), draws_of(grads[:, 4:6])
+    sums = {f"{vector}|a": factor * grads.sum(dim=0) for vector, factor in (("target", 1.0), ("probe:0000", 2.0))}
+    half = torch.arange(len(grads)) % 2
+    batches = {f"{len(grads):06d}": torch.tensor(1)} if len(grads) else {}
+    ascents = {size: total_of(grads[:1, :2]) for size in batches}
+    return {
+        tangent.gathering: TangentState(
+            {"all": means.totals}, {"all": means.examples}, sums, {"target": grads[:, 0].sum()[None]}, {}
+        ),
+        sensitivity.gathering: SensitivityState(*draws, torch.bincount(half, minlength=2), sums),
+        sharpness.gathering: AscentState(batches, ascents, torch.tensor(1.0, dtype=torch.float64)),
+    }
 
 
 def busing(value: Callable[[Array], float], g: Array, blocks: np.ndarray[Any, Any]) -> float:

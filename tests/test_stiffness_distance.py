@@ -51,7 +51,7 @@ class Points:
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         raise NotImplementedError
 
-    def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def input_vectors(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return batch["x"]
 
 
@@ -182,7 +182,7 @@ def test_intervals_hold_the_true_crossing() -> None:
 
 def test_a_run_without_labels_and_chosen_examples(local_ray: None, tmp_path: Path) -> None:
     class Placed(Toy):
-        def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        def input_vectors(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             return batch["x"]
 
     run = gs.measure(Toy(), str(tmp_path / "run"), measures=[], sketch="identity", microbatch=2, shard_size=2)
@@ -200,7 +200,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     run, points = written(tmp_path / "run", g), torch.from_numpy(x)
 
     class Flat(Points):
-        def inputs(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        def input_vectors(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             return batch["x"][:, 0]
 
     class WithoutInputs:
@@ -208,9 +208,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         x = points
 
     for message, ask in {
-        r"needs task.inputs\(model, batch\) -> \[B, d\], got a task without it": (WithoutInputs(), {}),
+        r"needs task.input_vectors\(model, batch\) -> \[B, d\], got a task without it": (WithoutInputs(), {}),
         r"task must have the examples that were measured in .*, got others": (Points(points[:50]), {}),
-        r"task.inputs must return floating-point numbers of shape \(32, d\), got torch.float64 of shape \(32,\)": (
+        r"task.input_vectors must return floating-point numbers of shape \(32, d\), got torch.float64 .*\(32,\)": (
             Flat(points),
             {},
         ),
@@ -224,7 +224,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 def test_inputs_of_ready_tasks() -> None:
     images = torch.randn(3, 8, 8)
-    assert torch.equal(Digits().inputs(nn.Identity(), {"image": images}), images.reshape(3, 64))
+    assert torch.equal(Digits().input_vectors(nn.Identity(), {"image": images}), images.reshape(3, 64))
 
     class Embedding(nn.Module):
         def __init__(self) -> None:

@@ -6,12 +6,23 @@ from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.featurizer import FeaturizerWidth
 from gradscale.measures.gaussian_width import GaussianWidth
+from gradscale.measures.geometric_complexity import GeometricComplexity
+from gradscale.measures.sensitivity import Sensitivity
+from gradscale.measures.sharpness import Sharpness
 from gradscale.measures.stiffness import Stiffness
+from gradscale.measures.tangent_kernel import TangentKernel
 
-MEASURES: dict[str, type[Coherence | Dispersion | FeaturizerWidth | GaussianWidth | Stiffness]] = {
+_Gradients = Coherence | Dispersion | GaussianWidth | Stiffness
+_Beside = FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel
+
+MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "coherence": Coherence,
     "dispersion": Dispersion,
+    "stiffness": Stiffness,
     "gaussian_width": GaussianWidth,
     "featurizer": FeaturizerWidth,
-    "stiffness": Stiffness,
+    "geometric_complexity": GeometricComplexity,
+    "tangent_kernel": TangentKernel,
+    "sensitivity": Sensitivity,
+    "sharpness": Sharpness,
 }

@@ -35,7 +35,7 @@ class FeatureProducts:
 
     cost = "a forward pass for task.features"
 
-    def observe(self, subject: Subject, batch: Batch) -> Tensor:
+    def observe(self, subject: Subject, batch: Batch, ids: range) -> Tensor:
         """Raises: GradscaleError if the task has no features, or they are not one vector for each example."""
         features: Callable[[nn.Module, Batch], Tensor] | None = getattr(subject.task, "features", None)
         if features is None:

@@ -40,18 +40,40 @@ class Estimate(NamedTuple):
 
 @runtime_checkable
 class Observation(Protocol):
-    """What a measure reads from the task beside the gradients of the losses, in passes of its own.
+    """What a measure reads from the task beside the gradients of the losses, in passes of its own: a row an example.
 
-    Frozen, hashable settings; what they give depends on the example alone, not on its batch. `cost` is a line for
-    `gradscale plan`.
+    Frozen, hashable settings; what they give depends on the example and its id alone, not on its batch. `cost` is a
+    line for `gradscale plan`. It is tried on the first example before anything is measured: what the task lacks is to
+    be told there.
     """
 
     @property
     def cost(self) -> str: ...
 
-    def observe(self, subject: Subject, batch: Batch) -> Tensor:
-        """[B, ...], of a batch on the subject's device."""
+    def observe(self, subject: Subject, batch: Batch, ids: range) -> Tensor:
+        """[B, ...] of the examples `ids`, whose batch is on the subject's device."""
         ...
+
+
+@runtime_checkable
+class Gathering(Protocol[S]):
+    """As an `Observation`, where a row an example would not do: sums of P numbers, or what a whole batch gives.
+
+    S is a commutative monoid, as the state of a `Statistic`; that of a shard is merged from those of its microbatches,
+    in their order.
+    """
+
+    @property
+    def cost(self) -> str: ...
+
+    def gather(self, subject: Subject, batch: Batch, ids: range, keep: Tensor) -> S:
+        """What the examples `ids` for which `keep` [B] holds give; the others have a loss or gradient not finite.
+
+        The batch and `keep` are on the subject's device, S on the CPU.
+        """
+        ...
+
+    def merge(self, left: S, right: S) -> S: ...
 
 
 class MicroBatch(NamedTuple):
@@ -59,7 +81,7 @@ class MicroBatch(NamedTuple):
 
     `block` numbers the jackknife block (a contiguous run of shards) that the microbatch belongs to.
     `sums[reading][class or None][parameter]` is [P]; `projections[reading]` is [B, K]; `observations[observation]` is
-    [B, ...].
+    [B, ...], and `gathered[gathering]` its S.
     """
 
     ids: Tensor  # [B] int64
@@ -71,6 +93,7 @@ class MicroBatch(NamedTuple):
     projections: Mapping[Projected, Tensor]
     block: int
     observations: Mapping[Observation, Tensor] = {}
+    gathered: Mapping[Gathering[Any], Any] = {}
 
     @property
     def directed(self) -> Tensor:
@@ -86,7 +109,7 @@ class Statistic(Protocol[S]):
     """
 
     @property
-    def needs(self) -> frozenset[Reading | Observation]: ...
+    def needs(self) -> frozenset[Reading | Observation | Gathering[Any]]: ...
 
     def init(self) -> S: ...
 

@@ -32,9 +32,10 @@ def featurizer_width(
     subject = Subject(task, model.to(device), task.examples(), {}, ())
     state = measure.init()
     for start in range(0, len(subject.examples), microbatch):
-        found = subject.examples.batch(range(start, min(start + microbatch, len(subject.examples))))
+        ids = range(start, min(start + microbatch, len(subject.examples)))
+        found = subject.examples.batch(ids)
         batch = {name: tensor.to(device) for name, tensor in found.items()}
         with explaining_memory(microbatch):
-            products = measure.observation.observe(subject, batch)
+            products = measure.observation.observe(subject, batch, ids)
         state = measure.merge(state, state_of_finite(products))
     return {name: estimate for (name, _), estimate in measure.compute(state).items()}

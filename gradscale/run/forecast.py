@@ -13,9 +13,10 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.readings import passes
 from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Statistic
+from gradscale.run.beside import gatherings_of, observations_of
 from gradscale.run.check import check_subject
 from gradscale.run.probe_products import Choice, choose
-from gradscale.run.shard import ShardResult, bound, load_batch, needs_of, observations_of, run_shard
+from gradscale.run.shard import ShardResult, bound, load_batch, needs_of, run_shard
 from gradscale.sketches import Sketch
 from gradscale.store.narrow import DTYPES, check_dtype
 
@@ -93,7 +94,7 @@ def forecast(
         sum(leaf.nbytes for leaf in pytree.tree_leaves(states) if isinstance(leaf, Tensor)),
         mapped.scheme if mapped is not None else None,
         choice,
-        tuple(observation.cost for observation in observations_of(statistics)),
+        (*(each.cost for each in observations_of(statistics)), *(each.cost for each in gatherings_of(statistics))),
     )
 
 

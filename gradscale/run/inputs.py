@@ -22,13 +22,13 @@ def unit_inputs(run: Run, task: Task, step: int, ids: np.ndarray, microbatch: in
     """[n, d]: X / |X| of the examples `ids`, ascending, in the inputs' own type; and [n], which have a direction.
 
     An input that is zero or not finite has none. Cost: the microbatches that hold one of the examples, on the CPU.
-    Raises: GradscaleError if the task has no `inputs`, they are not one vector for each example, or its examples are
-    not those of the run.
+    Raises: GradscaleError if the task has no `input_vectors`, they are not one vector for each example, or its
+    examples are not those of the run.
     """
-    inputs: Callable[[nn.Module, Batch], Tensor] | None = getattr(task, "inputs", None)
+    inputs: Callable[[nn.Module, Batch], Tensor] | None = getattr(task, "input_vectors", None)
     if inputs is None:
         raise GradscaleError(
-            "stiffness by distance needs task.inputs(model, batch) -> [B, d], got a task without it; add it"
+            "stiffness by distance needs task.input_vectors(model, batch) -> [B, d], got a task without it; add it"
         )
     examples, plan = task.examples(), run.plan
     if len(examples) != plan["examples"] or fingerprint(examples) != plan["data_fingerprint"]:
@@ -54,7 +54,7 @@ def unit_inputs(run: Run, task: Task, step: int, ids: np.ndarray, microbatch: in
 def _checked(points: Tensor, batch: int) -> Tensor:
     if points.dim() != 2 or len(points) != batch or not points.is_floating_point():
         raise GradscaleError(
-            f"task.inputs must return floating-point numbers of shape ({batch}, d), got {points.dtype} of shape "
+            f"task.input_vectors must return floating-point numbers of shape ({batch}, d), got {points.dtype} of shape "
             f"{tuple(points.shape)}; flatten images, pool the embeddings of sequences over positions"
         )
     return points

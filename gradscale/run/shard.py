@@ -20,7 +20,8 @@ from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
 from gradscale.grads.subject import Subject
 from gradscale.grads.waiting import Doubts, sent
-from gradscale.measures.measure import MicroBatch, Observation, Statistic
+from gradscale.measures.measure import Gathering, MicroBatch, Observation, Statistic
+from gradscale.run.beside import Beside, BesideReader
 from gradscale.run.forward import finite_products, forward_products, probes_in
 from gradscale.run.memory import explaining_memory
 from gradscale.sketches import BoundSketch, Sketch
@@ -103,8 +104,8 @@ def run_shard(
     probes = probes_in(needs) if forward else {}
     readings, labels = _read_range(subject, ids, microbatch, needs - probes.keys())
     readings = _with_products(subject, ids, microbatch, readings, probes)
-    observations = _observed(subject, ids, microbatch, observations_of(statistics))
-    batch = _finite_part(subject, ids, readings, labels, block, observations)
+    beside = _read_beside(subject, ids, microbatch, statistics, readings.finite)
+    batch = _finite_part(subject, ids, readings, labels, block, beside)
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
 
@@ -181,14 +182,9 @@ def labels_of(task: Task, batch: Batch) -> Tensor | None:
 
 def needs_of(statistics: Sequence[Statistic[Any]], sketch: BoundSketch | None) -> frozenset[Reading]:
     """What is read from the gradients of every microbatch."""
-    needs = [need for statistic in statistics for need in statistic.needs if not isinstance(need, Observation)]
+    beside = (Observation, Gathering)
+    needs = [need for statistic in statistics for need in statistic.needs if not isinstance(need, beside)]
     return frozenset({SquaredNorms(), *needs, *([Projected(sketch)] if sketch is not None else [])})
-
-
-def observations_of(statistics: Sequence[Statistic[Any]]) -> tuple[Observation, ...]:
-    """What is read beside them, each once."""
-    needs = (need for statistic in statistics for need in statistic.needs if isinstance(need, Observation))
-    return tuple(dict.fromkeys(needs))
 
 
 def _read_range(
@@ -240,17 +236,16 @@ def _with_products(
     return readings._replace(projections={**readings.projections, **found})
 
 
-def _observed(
-    subject: Subject, ids: range, microbatch: int, observations: Sequence[Observation]
-) -> dict[Observation, Tensor]:
-    """[n, ...] each."""
-    parts: dict[Observation, list[Tensor]] = {observation: [] for observation in observations}
-    for start in range(0, len(ids) if parts else 0, microbatch):
+def _read_beside(
+    subject: Subject, ids: range, microbatch: int, statistics: Sequence[Statistic[Any]], keep: Tensor
+) -> Beside:
+    """What is observed and gathered of the examples `ids`; of the latter, those for which `keep` [n] holds."""
+    reader = BesideReader(subject, statistics)
+    for start in range(0, len(ids) if reader.asked else 0, microbatch):
+        part = slice(start, min(start + microbatch, len(ids)))
         with explaining_memory(microbatch):
-            batch = load_batch(subject, ids[start : start + microbatch])
-            for observation, found in parts.items():
-                found.append(observation.observe(subject, batch))
-    return {observation: torch.cat(found) for observation, found in parts.items()}
+            reader.read(load_batch(subject, ids[part]), ids[part], keep[part])
+    return reader.found()
 
 
 def _joined(parts: Sequence[Readings]) -> Readings:
@@ -270,7 +265,7 @@ def _finite_part(
     readings: Readings,
     labels: Tensor | None,
     block: int,
-    observations: Mapping[Observation, Tensor],
+    beside: Beside,
 ) -> MicroBatch:
     keep = readings.finite
     return MicroBatch(
@@ -282,7 +277,8 @@ def _finite_part(
         readings.sums,
         {reading: products[keep] for reading, products in readings.projections.items()},
         block,
-        {observation: found[keep.to(found.device)] for observation, found in observations.items()},
+        {observation: found[keep.to(found.device)] for observation, found in beside.observations.items()},
+        beside.gathered,
     )
 
 

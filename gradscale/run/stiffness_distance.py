@@ -87,7 +87,7 @@ def stiffness_by_distance(
 ) -> StiffnessByDistance:
     """Mean cosine and sign of <g_i, g_j> by the distance of inputs 1 - <X_i, X_j> / (|X_i| |X_j|), in [0, 2].
 
-    X is `task.inputs(model, batch)` [B, d], of the run's own task: pixels, say, or the mean embedding of a sequence.
+    X is `task.input_vectors(model, batch)` [B, d], of the run's own task: pixels, say, or a sequence's mean embedding.
     Distances are those of inputs, never of gradients, whose cosine is the stiffness itself. Distances fall into `bins`
     of equal width over [0, 2]. The critical length is where the least-squares line through all within-class pairs,
     S = intercept + slope distance, crosses zero; NaN where that lies outside the distances observed.
@@ -108,7 +108,7 @@ def stiffness_by_distance(
     zero_inputs = int((~kept).sum())
     side = _only(side, kept.numpy())
     if not len(side.ids):
-        raise GradscaleError("inputs must have a direction, got none that is finite and not zero; see task.inputs")
+        raise GradscaleError("inputs must have a direction, got none finite and not zero; see task.input_vectors")
     binned = _binned(run, step, side, points[kept], bins)
     labelled = side.labels is not None
     sums = binned.sums if labelled else binned.sums[:1]

@@ -15,6 +15,7 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import describe
 from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Measure
+from gradscale.run.beside import try_beside
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.memory import explaining_memory
@@ -26,7 +27,6 @@ from gradscale.run.shard import (
     bound,
     labels_of,
     load_batch,
-    observations_of,
     prepare,
     run_shard,
 )
@@ -106,8 +106,7 @@ class Worker:
             statistics = statistics_of(self._job.measures)
             choice = choose(self._job.probe_products, subject, statistics, self._job.microbatch, shard_size)
         first = load_batch(subject, range(1))
-        for observation in observations_of(statistics):
-            observation.observe(subject, first)
+        try_beside(subject, statistics, first)
         return Description(
             examples,
             fingerprint(subject.examples),

@@ -33,12 +33,12 @@ def signs(key: Key, start: int, stop: int, dim: int, device: torch.device) -> Te
     return torch.cat(parts) if parts else torch.empty(0, dim, device=device)
 
 
-def signs_of(key: Key, rows: Tensor, dim: int) -> Tensor:
-    """[n, dim] float32: the rows [n] of `signs`."""
+def signs_of(key: Key, rows: Tensor, dim: int, draw: int = 0) -> Tensor:
+    """[n, dim] float32: the rows [n] of `signs`; others, independent of them, for every other `draw`."""
     blocks = -(-dim // _BITS)
     position = rows.repeat_interleave(blocks)
     block = torch.arange(blocks, device=rows.device).repeat(len(rows))
-    made = torch.stack(philox(key, (position & _MASK, position >> 32, block, torch.zeros_like(block))), dim=1)
+    made = torch.stack(philox(key, (position & _MASK, position >> 32, block, torch.full_like(block, draw))), dim=1)
     bytes_of = (made[:, :, None] >> torch.arange(0, 32, 8, device=rows.device)) & 0xFF
     bit = torch.arange(256, device=rows.device)[:, None] >> torch.arange(8, device=rows.device) & 1
     of_byte = 1.0 - 2.0 * bit.float()  # [256, 8]

@@ -86,12 +86,35 @@ class CausalLM:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B]: the cross-entropy of each sequence's predicted tokens, in at least float32."""
-        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        return next_token_losses(output.logits, batch["labels"], self.reduction)
+        return next_token_losses(_logits(model, batch), batch["labels"], self.reduction)
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """[B, (T - 1) V]: the logits of every predicted token, one after another; zeros for those not predicted."""
+        return predicted_logits(_logits(model, batch), batch["labels"])
 
     def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The embeddings of the tokens [B, T, E], before what the model adds for their positions."""
+        return pretrained.embeddings(model, batch["input_ids"])
+
+    def outputs_of(self, model: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+        with pretrained.embedding_as(model, inputs):
+            return self.outputs(model, batch)
+
+    def input_vectors(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B, d]: the mean over each sequence's tokens of what the embedding gives."""
         return pretrained.mean_embedding(model, batch["input_ids"], batch["attention_mask"])
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    logits: Tensor = output.logits
+    return logits
+
+
+def predicted_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B, (T - 1) V] from logits [B, T, V] and labels [B, T]: those of position t, where label t + 1 is not -100."""
+    predicted = (labels[:, 1:] != IGNORED)[:, :, None]
+    return logits[:, :-1].where(predicted, 0.0).flatten(1)
 
 
 def next_token_losses(logits: Tensor, labels: Tensor, reduction: Literal["mean", "sum"]) -> Tensor:

@@ -87,11 +87,23 @@ class Classification:
 
     def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
         """The logits [B, C]."""
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
-        logits: Tensor = model(**inputs).logits
-        return logits
+        if "pixel_values" in batch:
+            return self.outputs_of(model, self.inputs(model, batch), batch)
+        return _text_logits(model, batch)
+
+    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The pixels [B, channels, height, width], or the embeddings of the tokens [B, T, E], in the model's dtype."""
+        if "pixel_values" in batch:
+            return batch["pixel_values"].to(next(model.parameters()).dtype)
+        return pretrained.embeddings(model, batch["input_ids"])
+
+    def outputs_of(self, model: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+        """The logits [B, C] of the model given these pixels, or these embeddings for those of its tokens."""
+        if "pixel_values" in batch:
+            logits: Tensor = model(pixel_values=inputs).logits
+            return logits
+        with pretrained.embedding_as(model, inputs):
+            return _text_logits(model, batch)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B]: the cross-entropy of each example, in at least float32."""
@@ -103,7 +115,7 @@ class Classification:
         """The classes [B], int64."""
         return batch["labels"]
 
-    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+    def input_vectors(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B, d]: the pixels, or the mean over a text's tokens of what the embedding gives."""
         if "pixel_values" in batch:
             return batch["pixel_values"].flatten(1)
@@ -131,6 +143,11 @@ class Classification:
             max_length=self.max_length,
             config=config,
         )
+
+
+def _text_logits(model: nn.Module, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits
 
 
 @dataclass(frozen=True)

@@ -166,11 +166,23 @@ class Digits:
     def labels(self, batch: Batch) -> Tensor:
         return batch["label"]
 
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The class scores [B, C]."""
+        return self.outputs_of(model, self.inputs(model, batch), batch)
+
+    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The pixels [B, 8, 8]."""
+        return batch["image"]
+
+    def outputs_of(self, model: nn.Module, inputs: Tensor, batch: Batch) -> Tensor:
+        scores: Tensor = model(inputs)
+        return scores
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         assert isinstance(model, DigitsViT)
         return model.features(batch["image"])
 
-    def inputs(self, model: nn.Module, batch: Batch) -> Tensor:
+    def input_vectors(self, model: nn.Module, batch: Batch) -> Tensor:
         """[B, 64]: the pixels."""
         return batch["image"].flatten(1)
 

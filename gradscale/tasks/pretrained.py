@@ -220,3 +220,22 @@ def transformers() -> Any:
             f"transformers must be installed for this task, got {error}; pip install transformers"
         ) from error
     return package
+
+
+def embeddings(model: Any, ids: Tensor) -> Tensor:
+    """[B, T, E]: what the module for token embeddings gives for these ids."""
+    found: Tensor = model.get_input_embeddings()(ids)
+    return found
+
+
+@contextmanager
+def embedding_as(model: Any, inputs: Tensor) -> Iterator[None]:
+    """While it lasts, the module for token embeddings gives `inputs` whatever the ids.
+
+    A model's own `inputs_embeds` would hide the ids from it, by which some find the last token or the positions.
+    """
+    handle = model.get_input_embeddings().register_forward_hook(lambda module, args, output: inputs)
+    try:
+        yield
+    finally:
+        handle.remove()
