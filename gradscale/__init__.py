@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from gradscale.errors import ShardsFailed as ShardsFailed
     from gradscale.measures.coherence import Coherence as Coherence
     from gradscale.measures.dispersion import Dispersion as Dispersion
+    from gradscale.measures.effective_gram import EffectiveGram as EffectiveGram
     from gradscale.measures.featurizer import FeaturizerWidth as FeaturizerWidth
     from gradscale.measures.gaussian_width import GaussianWidth as GaussianWidth
     from gradscale.measures.gram_width import width_of_gram as width_of_gram
     from gradscale.measures.measure import Estimate as Estimate
     from gradscale.measures.measure import MicroBatch as MicroBatch
     from gradscale.measures.measure import Observation as Observation
+    from gradscale.run.batch_gradients import batch_coherence as batch_coherence
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
@@ -42,12 +44,14 @@ _HOMES = {
     "ShardsFailed": "gradscale.errors",
     "Coherence": "gradscale.measures.coherence",
     "Dispersion": "gradscale.measures.dispersion",
+    "EffectiveGram": "gradscale.measures.effective_gram",
     "FeaturizerWidth": "gradscale.measures.featurizer",
     "GaussianWidth": "gradscale.measures.gaussian_width",
     "width_of_gram": "gradscale.measures.gram_width",
     "Estimate": "gradscale.measures.measure",
     "MicroBatch": "gradscale.measures.measure",
     "Observation": "gradscale.measures.measure",
+    "batch_coherence": "gradscale.run.batch_gradients",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
