@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gradscale.errors import ShardsFailed as ShardsFailed
     from gradscale.measures.coherence import Coherence as Coherence
     from gradscale.measures.dispersion import Dispersion as Dispersion
+    from gradscale.measures.effective_gram import EffectiveGram as EffectiveGram
     from gradscale.measures.featurizer import FeaturizerWidth as FeaturizerWidth
     from gradscale.measures.gaussian_width import GaussianWidth as GaussianWidth
     from gradscale.measures.geometric_complexity import GeometricComplexity as GeometricComplexity
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from gradscale.measures.sharpness import Sharpness as Sharpness
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
+    from gradscale.run.batch_gradients import batch_coherence as batch_coherence
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
@@ -51,6 +53,7 @@ _HOMES = {
     "ShardsFailed": "gradscale.errors",
     "Coherence": "gradscale.measures.coherence",
     "Dispersion": "gradscale.measures.dispersion",
+    "EffectiveGram": "gradscale.measures.effective_gram",
     "FeaturizerWidth": "gradscale.measures.featurizer",
     "GaussianWidth": "gradscale.measures.gaussian_width",
     "GeometricComplexity": "gradscale.measures.geometric_complexity",
@@ -63,6 +66,7 @@ _HOMES = {
     "Sensitivity": "gradscale.measures.sensitivity",
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
+    "batch_coherence": "gradscale.run.batch_gradients",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",

@@ -16,19 +16,22 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 NAN = math.nan
 PROBES = 20_000
-# alpha, m_coherence, alpha_unbiased, trace_covariance, noise_scale
+# alpha, m_coherence, alpha_unbiased, alpha_above, trace_covariance, noise_scale, v_within, perturbation
 TOYS = {
-    ("real", 4): (0.625, 2.5, 0.5, 1.0, 1.0),
-    ("real", 5): (0.6, 3.0, 0.5, 1.0, 1.0),
-    ("random", 4): (0.25, 1.0, 0.0, 1.0, NAN),
-    ("random", 5): (0.2, 1.0, 0.0, 1.0, NAN),
+    ("real", 4): (0.625, 2.5, 0.5, 0.625, 1.0, 1.0, 0.125, 0.25),
+    ("real", 5): (0.6, 3.0, 0.5, 0.6, 1.0, 1.0, 0.125, 0.2),
+    ("random", 4): (0.25, 1.0, 0.0, 0.25, 1.0, NAN, 0.125, 0.25),
+    ("random", 5): (0.2, 1.0, 0.0, 0.2, 1.0, NAN, 0.125, 0.2),
 }
 NAMES = (
     ("coherence", "alpha"),
     ("coherence", "m_coherence"),
     ("coherence", "alpha_unbiased"),
+    ("coherence", "alpha_above"),
     ("dispersion", "trace_covariance"),
     ("dispersion", "noise_scale"),
+    ("dispersion", "v_within"),
+    ("effective_gram", "perturbation"),
 )
 WIDTH = 1.0293754  # E of the largest of four independent standard normals
 SYMMETRIZED = {"real": 1.9377, "random": 1.4642}
@@ -36,7 +39,8 @@ SYMMETRIZED = {"real": 1.9377, "random": 1.4642}
 
 def measured(task: object, out: Path, **settings: object) -> pd.DataFrame:
     """The estimates at step 0, by measure, name and scope."""
-    measures = [gs.Coherence(), gs.Dispersion(), gs.GaussianWidth(num_probes=PROBES)]
+    moments = [gs.Coherence(min_norm=0.5), gs.Dispersion(batch_size=8), gs.EffectiveGram()]
+    measures = [*moments, gs.GaussianWidth(num_probes=PROBES)]
     run = gs.measure(task, str(out), measures=measures, **({"workers": 1, "shard_size": 2} | settings))
     return run.estimates().set_index(["measure", "name", "scope"])
 
@@ -95,6 +99,18 @@ def test_coherence_of_copies(tmp_path, shard_size):
     estimates = measured(Given(gradients), tmp_path / "run", shard_size=shard_size)
     assert estimates.loc[("coherence", "alpha", "all"), "value"] == pytest.approx(1 / d)
     assert estimates.loc[("coherence", "m_coherence", "all"), "value"] == pytest.approx(k)
+
+
+def test_zero_gradients_dilute_coherence_by_the_share_of_the_others(tmp_path):
+    """arXiv 2203.10036: a share p of gradients that are not zero has alpha / p."""
+    gradients = ((1.0, 0.5), (0.0, 0.0), (0.2, -1.0), (0.0, 0.0), (3.0, 0.0), (0.0, 0.0), (0.0, 0.0), (1.0, 2.0))
+    task = Given(gradients)
+    run = gs.measure(task, str(tmp_path / "run"), measures=[gs.Coherence(min_norm=0)], workers=1, shard_size=3)
+    estimates = run.estimates().set_index(["name", "scope"])
+    whole, above = estimates.loc[("alpha", "all")], estimates.loc[("alpha_above", "all")]
+    assert (whole["n"], above["n"]) == (8, 4)
+    assert whole["value"] == pytest.approx(0.5 * above["value"], rel=1e-14)
+    assert above["definition"] == "coherence/alpha_above/min_norm=0.0/v1"
 
 
 def assert_within(estimates: pd.DataFrame, name: str, expected: float) -> None:

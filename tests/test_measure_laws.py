@@ -21,10 +21,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from gradscale.errors import GradscaleError
 from gradscale.grads.layer import DenseGrads
 from gradscale.grads.readings import GradientSums, Projected, Sums
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
+from gradscale.measures.effective_gram import EffectiveGram
 from gradscale.measures.exact_sum import total_of
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.geometric_complexity import GeometricComplexity
@@ -33,6 +35,7 @@ from gradscale.measures.moments import MomentsStatistic
 from gradscale.measures.perturbation import draws_of
 from gradscale.measures.probe_means import means_of
 from gradscale.measures.sensitivity import Sensitivity, SensitivityState
+from gradscale.measures.settings import parse_measures
 from gradscale.measures.sharpness import AscentState, Sharpness
 from gradscale.measures.tangent_kernel import TangentKernel
 from gradscale.measures.tangent_passes import TangentState
@@ -45,10 +48,12 @@ SHAPES = {"z.weight": 6, "a.bias": 1, "head/odd|name": 3}  # L parameters, not i
 NAMES = list(SHAPES)
 P = sum(SHAPES.values())
 PROBES = 5
+MIN_NORM = 8.0  # about the median of `Data.random`
 BESIDE = (GeometricComplexity(3), TangentKernel(2, alignment=True), Sensitivity(num_draws=2), Sharpness(num_draws=2))
 STATISTICS: list[Statistic[Any]] = [
     MomentsStatistic(),
     MomentsStatistic(by_class=True),
+    MomentsStatistic(by_class=True, min_norm=MIN_NORM),
     GaussianWidth(PROBES, seed=3),
     UnitSumsStatistic(),
     UnitSumsStatistic(by_class=True),
@@ -177,11 +182,17 @@ def noise_scale(g: Array) -> float:
     return trace_covariance(g) / signal if signal > 0 else math.nan
 
 
+def v_within(g: Array) -> float:
+    """The variance of a mean of 8 fresh examples."""
+    return trace_covariance(g) / 8
+
+
 QUANTITIES: dict[str, tuple[Measure, Callable[[Array], float]]] = {
     "alpha": (Coherence(by_class=True), alpha),
     "alpha_unbiased": (Coherence(by_class=True), alpha_unbiased),
     "trace_covariance": (Dispersion(), trace_covariance),
     "noise_scale": (Dispersion(), noise_scale),
+    "v_within": (Dispersion(batch_size=8), v_within),
 }
 
 
@@ -224,6 +235,69 @@ def test_m_coherence_is_n_alpha() -> None:
         assert stderr is not None
         expect(estimates["m_coherence", scope].value, n * value)
         expect(estimates["m_coherence", scope].stderr, n * stderr)
+
+
+def test_perturbation_is_the_trace_by_n() -> None:
+    """Its error too, for the same reason; and it is q (1 - alpha) / (n - 1)."""
+    data = Data.random(3, [5, 8, 4])
+    state, n = data.state(MomentsStatistic()), 17
+    found, traces = EffectiveGram().compute(state), Dispersion().compute(state)
+    assert {scope for _, scope in found} == {scope for _, scope in traces}
+    for (name, scope), (value, stderr, count, status, definition, _) in found.items():
+        trace = traces["trace_covariance", scope]
+        assert (name, count, status) == ("perturbation", n, "conditional")
+        assert "reconstructed" in definition
+        assert trace.stderr is not None
+        expect(value, trace.value / n)
+        expect(stderr, trace.stderr / n)
+        g = data.grads if scope == "all" else data.layer(scope.removeprefix("layer:"))
+        expect(value, (g**2).sum(1).mean() * (1 - alpha(g)) / (n - 1))
+        left_out = [g[i] - np.delete(g, i, axis=0).mean(0) for i in range(n)]  # math.md, section 8
+        expect(value, sum(float(g[i] @ apart) for i, apart in enumerate(left_out)) / n**2)
+
+
+@pytest.mark.parametrize("sizes", [[6, 9, 7], [9, 1, 4]])
+def test_coherence_above_a_norm_is_that_of_the_longer_gradients(sizes: list[int]) -> None:
+    data = Data.random(1, sizes)
+    measure = Coherence(min_norm=MIN_NORM)
+    found = measure.compute(data.state(statistic_of(measure)))
+    above = np.linalg.norm(data.grads, axis=1) > MIN_NORM
+    assert 2 < above.sum() < len(above)
+    for scope, g in {"all": data.grads, **{f"layer:{layer}": data.layer(layer) for layer in NAMES}}.items():
+        estimate = found["alpha_above", scope]
+        expect(estimate.value, alpha(g[above]))
+        expect(estimate.stderr, busing(alpha, g[above], data.blocks[above]))
+        assert (estimate.n, estimate.status) == (above.sum(), "estimator")
+        assert "min_norm=8.0" in estimate.definition
+        expect(found["alpha", scope].value, alpha(g))
+    assert not {name for name, _ in Coherence().compute(data.state(MomentsStatistic()))} & {"alpha_above"}
+
+
+def test_nothing_above_the_norm_has_no_coherence() -> None:
+    data = Data(1e-3 * np.eye(P)[:6], np.zeros(6, dtype=int), np.repeat([0, 1], 3))
+    measure = Coherence(min_norm=MIN_NORM)
+    found = measure.compute(data.state(statistic_of(measure)))["alpha_above", "all"]
+    assert math.isnan(found.value)
+    assert found.n == 0
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf, "much", True])
+def test_the_threshold_must_be_a_number(value: Any) -> None:
+    with pytest.raises(GradscaleError, match="min_norm must be a finite number of at least 0, got"):
+        Coherence(min_norm=value)
+
+
+@pytest.mark.parametrize("value", [0, -3, 1.5, "many", True])
+def test_the_batch_size_must_be_a_count(value: Any) -> None:
+    with pytest.raises(GradscaleError, match="batch_size must be a whole number of at least 1, got"):
+        Dispersion(batch_size=value)
+
+
+def test_settings_from_the_command_line() -> None:
+    expected = (Coherence(min_norm=1e-3), Dispersion(batch_size=32), EffectiveGram())
+    assert parse_measures("coherence:min_norm=1e-3,dispersion:batch_size=32,effective_gram") == expected
+    assert statistics_of([Dispersion(batch_size=32), EffectiveGram(), Coherence()]) == [MomentsStatistic()]
+    assert statistic_of(Coherence(min_norm=1)) == statistic_of(Coherence(min_norm=1.0))
 
 
 def test_jackknife_by_hand() -> None:
@@ -405,20 +479,44 @@ def assert_honest(scores: Sequence[float], freedom: int) -> None:
     assert abs(np.mean(scores)) < 4 * 1.1 / math.sqrt(len(sizes)) + 0.1  # the bias is small against the error
 
 
-@pytest.mark.parametrize("equal", [True, False])
-def test_jackknife_errors_are_honest(equal: bool) -> None:
-    """20 blocks of Gaussian gradients with a known mean and covariance, as a sample of their population."""
-    J, generator = 20, np.random.default_rng(5)
-    sizes = [20] * J if equal else [10, 30] * (J // 2)
+def normal(generator: np.random.Generator, size: tuple[int, int]) -> Array:
+    return generator.standard_normal(size)
+
+
+def skewed(generator: np.random.Generator, size: tuple[int, int]) -> Array:
+    """Mean 0, variance 1, one long tail."""
+    return generator.exponential(size=size) - 1
+
+
+@pytest.mark.parametrize(
+    ("sizes", "draw"),
+    [([10, 30] * 10, normal), ([80] * 5, normal), ([20] * 20, skewed)],
+    ids=["unequal", "five", "skewed"],
+)
+def test_jackknife_errors_are_honest(
+    sizes: list[int], draw: Callable[[np.random.Generator, tuple[int, int]], Array]
+) -> None:
+    """Gradients with a known mean and covariance, as a sample of their population, through update, merge and compute.
+
+    Of J blocks the jackknife has J - 1 degrees of freedom, and its scores Student's distribution.
+    """
+    J, generator = len(sizes), np.random.default_rng(5)
     blocks = np.repeat(np.arange(J), sizes)
-    mean, scales = np.linspace(-0.5, 0.7, P), np.linspace(0.3, 1.2, P)
+    n, mean, scales = len(blocks), np.linspace(-0.5, 0.7, P), np.linspace(0.3, 1.2, P)
     trace, signal = (scales**2).sum(), (mean**2).sum()
-    truth = {"alpha_unbiased": signal / (signal + trace), "trace_covariance": trace}
+    truth = {
+        "alpha_unbiased": signal / (signal + trace),
+        "trace_covariance": trace,
+        "noise_scale": trace / signal,
+        "v_within": trace / 8,
+        "perturbation": trace / n,
+    }
     scores: dict[str, list[float]] = {name: [] for name in truth}
-    for _ in range(RUNS):
-        grads = mean + scales * generator.standard_normal((len(blocks), P))
-        state = Data(grads, np.zeros(len(blocks), dtype=int), blocks).state(MomentsStatistic())
-        found = {**Coherence().compute(state), **Dispersion().compute(state)}
+    for _ in range(200):
+        grads = mean + scales * draw(generator, (n, P))
+        state = Data(grads, np.zeros(n, dtype=int), blocks).state(MomentsStatistic())
+        measures: list[Measure] = [Coherence(), Dispersion(batch_size=8), EffectiveGram()]
+        found = {key: estimate for measure in measures for key, estimate in measure.compute(state).items()}
         for name, exact in truth.items():
             estimate = found[name, "all"]
             assert estimate.stderr is not None
@@ -526,6 +624,9 @@ def micro(grads: Tensor, labels: Tensor, block: int, spare_classes: tuple[int, .
             GradientSums(by_class=True): by_class,
             GradientSums(unit=True): {None: {name: unit.sum(dim=0) for name, unit in units.items()}},
             GradientSums(by_class=True, unit=True): units_by_class,
+            GradientSums(min_norm=MIN_NORM): {
+                None: {name: part[grads.square().sum(dim=1) > MIN_NORM**2].sum(dim=0) for name, part in parts.items()}
+            },
         },
         {FULL: grads},
         block,

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.readings import GradientSums, Projected, Reading, Readings, SquaredNorms, passes
+from gradscale.grads.readings import GradientSums, Projected, Reading, Readings, SquaredNorms, has_norm_above, passes
+from gradscale.measures.coherence import Coherence
 from gradscale.measures.measure import MicroBatch
 from gradscale.measures.moments import MomentsStatistic
 from gradscale.report.forecasts import forecast_lines
@@ -143,6 +144,64 @@ def test_sums_are_added_to_the_totals_of_other_examples() -> None:
         batch = load_batch(subject, ids)
         read_batch(subject, batch, frozenset({UNIT}), totals=totals)
     near(totals[UNIT][None], units(task), EVERYONE, 1e-12)
+
+
+# --- of the gradients above a norm ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_sums_above_a_norm(case: str) -> None:
+    task = CASES[case]()
+    task.tensors["scale"].copy_(10.0 ** torch.linspace(-3, 3, n, dtype=torch.float64))
+    exact, norms = gradients_of(task)
+    least = float(norms.quantile(0.45))  # between two of them
+    above, units_above = GradientSums(min_norm=least), GradientSums(unit=True, min_norm=least)
+    by_class = GradientSums(by_class=True, min_norm=least)
+    readings = read(task, FIRST_PASS | {above, units_above, by_class})
+    assert has_norm_above(readings.sq_norms, least).tolist() == (norms > least).tolist()
+    near(readings.sums[above][None], exact, norms > least, 1e-9)
+    near(readings.sums[units_above][None], units(task), norms > least, 1e-12)
+    for c in range(3):
+        near(readings.sums[by_class][c], exact, (norms > least) & (c == LABELS), 1e-9)
+    assert passes({above}) == passes({units_above}) == 2
+
+
+@pytest.mark.parametrize("microbatch", [1, 4, n])
+def test_the_coherence_of_a_shard_above_a_norm(microbatch: int) -> None:
+    """The oracle, with an example that is not finite and one without a gradient among them."""
+    task = CASES["attention"]()
+    task.tensors["scale"][:] = torch.tensor([3, 1, 2, torch.nan, 0, 5, 1, 1e-3, 4], dtype=torch.float64)
+    exact, norms = gradients_of(task)
+    measure = Coherence(min_norm=float(norms.nanquantile(0.4)))
+    _, states = run_shard(prepare(task, None, None), range(n), 0, microbatch, [measure.statistic], None)
+    found = measure.compute(states[measure.statistic])
+    above = norms > float(norms.nanquantile(0.4))
+    for scope, rows in {"all": torch.cat(list(exact.values()), dim=1), **prefixed(exact)}.items():
+        kept = rows[above]
+        alpha = float(kept.mean(dim=0).square().sum() / kept.square().sum(dim=1).mean())
+        assert math.isclose(found["alpha_above", scope].value, alpha, rel_tol=1e-9)
+        assert found["alpha_above", scope].n == int(above.sum())
+
+
+def test_the_second_pass_is_forecast() -> None:
+    subject = prepare(CASES["linear"](), None, None)
+    assert forecast(subject, [Coherence().statistic], None, 4, 1).passes == 1
+    cost = forecast(subject, [Coherence(min_norm=0.1).statistic], None, 4, 1)
+    assert cost.passes == 2
+    assert "in 2 such passes, the second for sums of unit gradients or of those above a norm" in " ".join(
+        forecast_lines(cost, 1, 8)
+    )
+
+
+def gradients_of(task: ModelAtHand) -> tuple[dict[str, Tensor], Tensor]:
+    """[n, P of the parameter] each, and the norms [n] over all of them."""
+    net = copy.deepcopy(task.net)
+    grads = gradients_one_by_one(task, dict(net.named_parameters()), net, task.tensors)
+    return grads, torch.cat(list(grads.values()), dim=1).norm(dim=1)
+
+
+def prefixed(grads: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"layer:{name}": grad for name, grad in grads.items()}
 
 
 # --- two passes, and nothing twice ------------------------------------------------------------------------------------

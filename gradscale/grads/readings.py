@@ -1,8 +1,8 @@
 """What may be read from per-example gradients while they exist, and the passes that read it.
 
 A reading is a frozen setting. A measure names the readings that it needs; one forward and backward pass
-takes the union of them, parameter by parameter. Sums of unit gradients alone need another pass, since a
-gradient's norm is known only when the first is over.
+takes the union of them, parameter by parameter. Sums that weigh gradients by their norms alone need another pass,
+since a gradient's norm is known only when the first is over.
 
 Shapes: B examples, L parameters, P entries of one parameter, K outputs of a linear map.
 """
@@ -64,12 +64,19 @@ class GradientSums:
     """The sum of the examples' gradients, per parameter: [P]; by class where asked for.
 
     With `unit`, of their directions g_b / |g_b|, where |g_b| is the norm over all measured parameters. Examples of
-    zero gradient have none and add nothing; `has_direction` tells which have one. Cost of `unit`: one forward and
-    backward pass more, in which nothing else is read, however many such sums are asked for.
+    zero gradient have none and add nothing; `has_direction` tells which have one. With `min_norm`, only of the examples
+    with |g_b| > min_norm; `has_norm_above` tells which these are. Cost of either: one forward and backward pass more,
+    in which nothing else is read, however many such sums are asked for.
     """
 
     by_class: bool = False
     unit: bool = False
+    min_norm: float | None = None
+
+    @property
+    def weighs_by_norm(self) -> bool:
+        """Whether an example's weight is known only when its norm is: when the first pass is over."""
+        return self.unit or self.min_norm is not None
 
 
 @dataclass(frozen=True)
@@ -125,14 +132,14 @@ def read_gradients(
     if exclude is not None:
         finite &= ~exclude
     if passes(asked) > 1:
-        sums = _Sums(parameters, _weights(asked, classes, _inverse_norms(reader.sq_norms, finite)), totals)
+        sums = _Sums(parameters, _weights(asked, classes, _Norms(reader.sq_norms, finite)), totals)
         capture(model, sites, losses, batch_size, sums.read, exclude, doubts)
     return Readings(values.double(), finite, reader.sq_norms, totals, reader.projections)
 
 
 def passes(readings: Iterable[Reading]) -> int:
-    """How many forward and backward passes it takes to read them: two with sums of unit gradients, else one."""
-    return 2 if any(isinstance(reading, GradientSums) and reading.unit for reading in readings) else 1
+    """How many forward and backward passes it takes to read them: two with sums that weigh by norms, else one."""
+    return 2 if any(isinstance(reading, GradientSums) and reading.weighs_by_norm for reading in readings) else 1
 
 
 def has_direction(sq_norms: Tensor) -> Tensor:
@@ -142,6 +149,17 @@ def has_direction(sq_norms: Tensor) -> Tensor:
     in float32, with entries below 1e-22.
     """
     return (sq_norms > 0).any(dim=1)
+
+
+def has_norm_above(sq_norms: Tensor, min_norm: float) -> Tensor:
+    """[B]: which of the gradients with these squared norms [B, L] have a part in the sums of those above `min_norm`.
+
+    In float32, a gradient with entries below 1e-22 has norm zero, which is above nothing.
+    """
+    total = torch.zeros_like(sq_norms[:, 0])
+    for part in sq_norms.unbind(dim=1):  # one after another: the same bits for any layout of the rows
+        total += part
+    return total > min_norm**2
 
 
 class _Sums:
@@ -225,26 +243,36 @@ def _members(readings: frozenset[Reading], labels: Tensor | None, device: torch.
     return {c: there == c for c in labels.unique().tolist()}
 
 
-def _weights(
-    readings: frozenset[Reading], members: Mapping[int, Tensor], inverse_norms: Tensor | None = None
-) -> Weights:
-    """The weights of the sums of unit gradients if `inverse_norms` [B] are given, of the other sums if not."""
-    unit = inverse_norms is not None
-    everyone: dict[int | None, Tensor | None] = {None: inverse_norms}
-    by_class: dict[int | None, Tensor | None] = {
-        c: member if inverse_norms is None else inverse_norms * member for c, member in members.items()
-    }
-    return {
-        reading: by_class if reading.by_class else everyone
-        for reading in readings
-        if isinstance(reading, GradientSums) and reading.unit == unit
-    }
+class _Norms(NamedTuple):
+    """What the first pass has found out."""
+
+    sq_norms: Tensor  # [B, L]
+    finite: Tensor  # [B] bool
 
 
-def _inverse_norms(sq_norms: Tensor, finite: Tensor) -> Tensor:
-    """[B] float64: 1 / |g_b|, and 0 for gradients that are not finite or have no direction."""
-    directed = finite & has_direction(sq_norms)
-    return sq_norms.clamp(min=0).sum(dim=1).rsqrt().where(directed, 0.0)  # a Gram matrix may round below zero
+def _weights(readings: frozenset[Reading], members: Mapping[int, Tensor], norms: _Norms | None = None) -> Weights:
+    """The weights of the sums that weigh by norms if `norms` are given, of the other sums if not."""
+    found: Weights = {}
+    for reading in readings:
+        if isinstance(reading, GradientSums) and reading.weighs_by_norm == (norms is not None):
+            weights = None if norms is None else _weights_of(reading, norms)
+            by_class: dict[int | None, Tensor | None] = {
+                c: member if weights is None else weights * member for c, member in members.items()
+            }
+            found[reading] = by_class if reading.by_class else {None: weights}
+    return found
+
+
+def _weights_of(reading: GradientSums, norms: _Norms) -> Tensor:
+    """[B] float64: 1, or 1 / |g_b|; and 0 for gradients that are not finite or have no part in the sum."""
+    sq_norms, has_part = norms
+    weights = torch.ones_like(sq_norms[:, 0])
+    if reading.unit:
+        has_part = has_part & has_direction(sq_norms)
+        weights = sq_norms.clamp(min=0).sum(dim=1).rsqrt()  # a Gram matrix may round below zero
+    if reading.min_norm is not None:
+        has_part = has_part & has_norm_above(sq_norms, reading.min_norm)
+    return weights.where(has_part, 0.0)
 
 
 def _narrowed(weights: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
+from gradscale.measures.effective_gram import EffectiveGram
 from gradscale.measures.featurizer import FeaturizerWidth
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.geometric_complexity import GeometricComplexity
@@ -12,12 +13,13 @@ from gradscale.measures.sharpness import Sharpness
 from gradscale.measures.stiffness import Stiffness
 from gradscale.measures.tangent_kernel import TangentKernel
 
-_Gradients = Coherence | Dispersion | GaussianWidth | Stiffness
+_Gradients = Coherence | Dispersion | EffectiveGram | GaussianWidth | Stiffness
 _Beside = FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel
 
 MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "coherence": Coherence,
     "dispersion": Dispersion,
+    "effective_gram": EffectiveGram,
     "stiffness": Stiffness,
     "gaussian_width": GaussianWidth,
     "featurizer": FeaturizerWidth,

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gradscale.errors import GradscaleError
 from gradscale.measures.measure import Estimate, Estimates
-from gradscale.measures.moments import Moments, MomentsState, MomentsStatistic, classes, jackknife, moments
+from gradscale.measures.moments import ABOVE, Moments, MomentsState, MomentsStatistic, classes, jackknife, moments
 
 
 @dataclass(frozen=True)
@@ -19,25 +20,45 @@ class Coherence:
     n alpha = |S|^2 / Q. Standard errors: delete-one-block jackknife over blocks of shards, for the n
     examples as a sample of a population. NaN where all gradients are zero.
 
-    Exact per parameter and, with `by_class`, per class. Cost: one backward pass; state J (C + 1) P numbers.
+    With `min_norm`, also `alpha_above`: alpha of the examples with |g_i| > min_norm alone, |g_i| over all measured
+    parameters, in every layer the same examples; its n is how many there are. Late in training most gradients vanish,
+    and dilute alpha: with a share p of nonzero ones, alpha = p alpha_above of min_norm=0.
+
+    Exact per parameter and, with `by_class`, per class. Cost: one backward pass, two with `min_norm`; state
+    J (C + 1) P numbers, J P more with `min_norm`.
     Source: Chatterjee and Zielinski (2022), arXiv 2203.10036; alpha is their definition of coherence. The
     name alpha_m of arXiv 2008.01217 is m_coherence here.
     """
 
     by_class: bool = False
+    min_norm: float | None = None
 
     name = "coherence"
     summary = "|mean g|^2 / mean |g|^2 and its m-fold; one backward pass; Chatterjee & Zielinski, arXiv 2203.10036"
 
+    def __post_init__(self) -> None:
+        given = self.min_norm
+        numeric = isinstance(given, int | float) and not isinstance(given, bool)
+        if given is not None and not (numeric and 0 <= given < math.inf):
+            raise GradscaleError(
+                f"min_norm must be a finite number of at least 0, got {given!r}; take 0 for all nonzero "
+                "gradients, as in coherence:min_norm=0"
+            )
+
     @property
     def statistic(self) -> MomentsStatistic:
-        return MomentsStatistic(self.by_class)
+        return MomentsStatistic(self.by_class, None if self.min_norm is None else float(self.min_norm))
 
     def compute(self, state: MomentsState) -> Estimates:
         found = {(name, scope): e for scope, parts in moments(state).items() for name, e in _estimates(parts)}
         for group in classes(state):
             parts = moments(state, group)["all"]
             found |= {(name, f"class:{group}"): estimate for name, estimate in _estimates(parts)}
+        if self.min_norm is not None:
+            definition = f"coherence/alpha_above/min_norm={float(self.min_norm)!r}/v1"
+            for scope, parts in moments(state, ABOVE).items():
+                value, error = jackknife(parts, alpha)
+                found["alpha_above", scope] = Estimate(value, error, parts.n, "estimator", definition, "1")
         return found
 
 

@@ -10,21 +10,26 @@ Shapes: J blocks, L parameters, P entries of one parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradscale.grads.readings import GradientSums, Reading, SquaredNorms
+from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, has_norm_above
 from gradscale.measures.measure import MicroBatch
 
+ABOVE = ">"  # the group of examples with a gradient norm above the threshold
+_ALL = "*"
 _SEPARATOR = "|"
 
 
 class MomentsState(NamedTuple):
-    """Keys are `block|class` (class `*` for all), and `block|class|parameter` for the sums. A commutative monoid."""
+    """Keys are `block|group`, and `block|group|parameter` for the sums. A commutative monoid.
+
+    A group is a class, `*` for all examples, or `>` for those with a gradient norm above the threshold.
+    """
 
     counts: Mapping[str, Tensor]  # [] int64
     sq_norms: Mapping[str, Tensor]  # [L] float64, the parameters sorted by name
@@ -45,14 +50,19 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class MomentsStatistic:
-    """Counts, squared norms and exact sums of gradients. State: J (C + 1) P numbers in float64, C for by_class."""
+    """Counts, squared norms and exact sums of gradients. State: J (C + 1) P numbers in float64, C for by_class.
+
+    With `min_norm`, also of the examples with |g_i| > min_norm: J P numbers and a pass over the data more.
+    """
 
     by_class: bool = False
+    min_norm: float | None = None
 
     @property
     def needs(self) -> frozenset[Reading]:
-        always: frozenset[Reading] = frozenset({SquaredNorms(), GradientSums()})
-        return always | {GradientSums(by_class=True)} if self.by_class else always
+        by_class = {GradientSums(by_class=True)} if self.by_class else set()
+        above = {GradientSums(min_norm=self.min_norm)} if self.min_norm is not None else set()
+        return frozenset({SquaredNorms(), GradientSums(), *by_class, *above})
 
     def init(self) -> MomentsState:
         return MomentsState({}, {}, {})
@@ -72,38 +82,40 @@ class MomentsStatistic:
             if not isinstance(reading, GradientSums):
                 continue
             for group, by_parameter in batch.sums[reading].items():
-                member = _members(batch, group)
-                key = _key(batch.block, group)
+                member = _members(batch, group, reading.min_norm)
+                key = _key(batch.block, group if reading.min_norm is None else ABOVE)
                 counts[key] = member.sum()
                 sq_norms[key] = batch.sq_norms[member].sum(dim=0)[columns]
-                sums |= {f"{key}{_SEPARATOR}{name}": total.double() for name, total in by_parameter.items()}
+                for name, total in by_parameter.items():  # a copy: states that share memory cannot be stored
+                    sums[f"{key}{_SEPARATOR}{name}"] = total.to(torch.float64, copy=True)
         return MomentsState(counts, sq_norms, sums)
 
 
 def classes(state: MomentsState) -> list[int]:
     """The classes that `state` has sums for, ascending."""
     groups = {key.split(_SEPARATOR)[1] for key in state.counts}
-    return sorted(int(group) for group in groups - {"*"})
+    return sorted(int(group) for group in groups - {_ALL, ABOVE})
 
 
-def moments(state: MomentsState, group: int | None = None) -> dict[str, Moments]:
+def moments(state: MomentsState, group: int | str | None = None) -> dict[str, Moments]:
     """The moments of all parameters together (scope `all`) and of each (scope `layer:<parameter>`).
 
-    Blocks without a finite example are left out.
+    Of all examples, of a class, or of those `ABOVE` the threshold. Blocks without such an example are left out.
     """
-    layers = layers_of(state)
-    ours = sorted(key for key in state.counts if key.split(_SEPARATOR)[1] == _group_name(group))
-    keys = [key for key in ours if int(state.counts[key])] or ours[:1]
+    keys = _keys(state, group)
     counts = torch.stack([state.counts[key] for key in keys]).double()
     sq_norms = torch.stack([state.sq_norms[key] for key in keys])
     found = {
-        f"layer:{name}": Moments(
-            counts, sq_norms[:, j], _gram([state.sums[f"{key}{_SEPARATOR}{name}"] for key in keys])
-        )
-        for j, name in enumerate(layers)
+        f"layer:{name}": Moments(counts, sq_norms[:, j], sums @ sums.mT)
+        for j, (name, sums) in enumerate(_block_sums(state, keys))
     }
     total = torch.stack([part.gram for part in found.values()]).sum(dim=0)
     return {"all": Moments(counts, sq_norms.sum(dim=1), total), **found}
+
+
+def block_sums(state: MomentsState, group: int | str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """The sums of gradients [J, P] over the blocks of `moments`, one parameter after another."""
+    return _block_sums(state, _keys(state, group))
 
 
 def layers_of(state: MomentsState) -> list[str]:
@@ -139,24 +151,33 @@ def jackknife(parts: Moments, value: Value) -> tuple[float, float]:
     return full, math.sqrt(variance)
 
 
-def _gram(sums: Sequence[Tensor]) -> Tensor:
-    stacked = torch.stack(list(sums))
-    return stacked @ stacked.mT
+def _keys(state: MomentsState, group: int | str | None) -> list[str]:
+    """The blocks that have an example of the group; one of them if none has."""
+    ours = sorted(key for key in state.counts if key.split(_SEPARATOR)[1] == _group_name(group))
+    return [key for key in ours if int(state.counts[key])] or ours[:1]
 
 
-def _members(batch: MicroBatch, group: int | None) -> Tensor:
+def _block_sums(state: MomentsState, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    for name in layers_of(state):
+        yield name, torch.stack([state.sums[f"{key}{_SEPARATOR}{name}"] for key in keys])
+
+
+def _members(batch: MicroBatch, group: int | None, min_norm: float | None) -> Tensor:
+    """[B]: which examples a sum is over."""
+    if min_norm is not None:
+        return has_norm_above(batch.sq_norms, min_norm)
     if group is None:
         return torch.ones(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
     assert batch.labels is not None
     return batch.labels == group
 
 
-def _key(block: int, group: int | None) -> str:
+def _key(block: int, group: int | str | None) -> str:
     return f"{block:04d}{_SEPARATOR}{_group_name(group)}"
 
 
-def _group_name(group: int | None) -> str:
-    return "*" if group is None else str(group)
+def _group_name(group: int | str | None) -> str:
+    return _ALL if group is None else str(group)
 
 
 def _add(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -33,7 +33,7 @@ def forecast_lines(cost: Forecast, workers: int, shard_size: int) -> Iterator[st
     yield f"  time    {_duration(cost.hours(workers) * 3600)} with {workers} workers"
     yield f"          of {1 / cost.seconds:,.0f} examples/s, {ratio:.2f} times a plain forward and backward pass"
     if cost.passes > 1:
-        yield f"          in {cost.passes} such passes, the second for sums of unit gradients"
+        yield f"          in {cost.passes} such passes, the second for sums of unit gradients or of those above a norm"
     for cost_of_one in cost.observations:
         yield f"          and {cost_of_one}"
     yield f"  rows    {_bytes(cost.row_bytes * total)} before compression"

@@ -10,6 +10,8 @@ import pandas as pd
 from gradscale.report.measured import Measured, curve
 
 ALPHA_SOURCE = ("Chatterjee & Zielinski (2022), arXiv:2203.10036", "https://arxiv.org/abs/2203.10036")
+NEU_SOURCE = ("Neu et al. (2021), COLT", "https://proceedings.mlr.press/v134/neu21a.html")
+GRAM_SOURCE = ("Yang & Chaudhari (2025), arXiv:2504.16450", "https://arxiv.org/abs/2504.16450")
 NOISE_SOURCE = ("McCandlish et al. (2018), arXiv:1812.06162", "https://arxiv.org/abs/1812.06162")
 STIFFNESS_SOURCE = ("Fort et al. (2019), arXiv:1901.09491", "https://arxiv.org/abs/1901.09491")
 WIDTH_SOURCE = ("Banerjee et al. (2024), arXiv:2406.07712", "https://arxiv.org/abs/2406.07712")
@@ -87,6 +89,29 @@ KNOWN = (
         "Undefined (a gap) where the estimate of |E g|² is not positive: the mean gradient cannot then be told from "
         "zero.",
         JACKKNIFE, NOISE_SOURCE,
+    ),
+    Quantity(
+        "coherence", "alpha_above", "Coherence α above a norm", "coherence α of gradients above a norm",
+        "|mean g|² / mean |g|² over |g| > min_norm",
+        "The coherence of the examples whose gradient norm is above a threshold, which the definition names. Gradients "
+        "that vanish, as most do late in training, dilute α by their share: this one they do not. n counts the "
+        "examples above.",
+        JACKKNIFE, ALPHA_SOURCE, apart=True,
+    ),
+    Quantity(
+        "dispersion", "v_within", "Gradient variance of a batch, within a run", "gradient variance of a batch",
+        "V = tr Σ / B",
+        "The variance of the mean gradient of a fresh batch of B examples, which the definition names, around that of "
+        "their population. Not that of batches which the weights have seen, nor across trainings.",
+        JACKKNIFE, NEU_SOURCE, apart=True,
+    ),
+    Quantity(
+        "effective_gram", "perturbation", "Perturbation of the leave-one-out gap",
+        "perturbation of the leave-one-out gap", "ε = tr Σ / n = mean |g|² (1 − α) / (n − 1)",
+        "What leaving an example out adds to the generalization gap per unit of time of the gradient flow, before the "
+        "contraction, which is not measured. Reconstructed: the paper's formula could not be read. It speaks of the "
+        "gap only if the checkpoint was trained on all the data measured, and on no other.",
+        JACKKNIFE, GRAM_SOURCE, apart=True,
     ),
     Quantity(
         "gaussian_width", "width", "Loss gradient Gaussian width", "Gaussian width",

@@ -6,12 +6,15 @@ under `field/key`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from gradscale.measures.identities import Recorded, check_moments
 from gradscale.measures.measure import Estimate, Estimates, Measure, OverSteps, Statistic, statistic_of
+from gradscale.measures.moments import MomentsStatistic
 from gradscale.run.plan import Plan
 from gradscale.store.store import Store
 
@@ -64,8 +67,12 @@ def fold_step(store: Store, plan: Plan, measures: Sequence[Measure], step: int) 
 
 
 def estimate_step(store: Store, plan: Plan, measures: Sequence[Measure], step: int) -> list[EstimateRow]:
-    """Every measure's estimates at one step."""
+    """Every measure's estimates at one step.
+
+    Raises: GradscaleError if the states violate an identity, see `check_moments`.
+    """
     states = fold_step(store, plan, measures, step)
+    _check_identities(store, plan, states, step)
     return [
         row
         for measure in measures
@@ -89,6 +96,23 @@ def estimate_over_steps(
             plan, step, measure, measure.compute_over_steps([s[statistic_of(measure)] for s in states[:upto]])
         )
     ]
+
+
+def _check_identities(store: Store, plan: Plan, states: States, step: int) -> None:
+    checked = [state for statistic, state in states.items() if isinstance(statistic, MomentsStatistic)]
+    recorded = _recorded(store, plan, step) if checked else None
+    if recorded is not None:
+        for state in checked:
+            check_moments(state, recorded, step)
+
+
+def _recorded(store: Store, plan: Plan, step: int) -> Recorded | None:
+    """What the commit records say; None if some are of a time when they did not say it."""
+    records = [store.commit_record(step, shard) for shard in range(plan.shards)]
+    if not all("sq_norm" in record for record in records):
+        return None
+    examples = sum(record["stop"] - record["start"] - record["nonfinite"] for record in records)
+    return Recorded(examples, math.fsum(record["sq_norm"] for record in records))
 
 
 def _rows(plan: Plan, step: int, measure: Measure, estimates: Estimates) -> list[EstimateRow]:

@@ -20,6 +20,7 @@ from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
 from gradscale.grads.subject import Subject
 from gradscale.grads.waiting import Doubts, sent
+from gradscale.measures.identities import check_products
 from gradscale.measures.measure import Gathering, MicroBatch, Observation, Statistic
 from gradscale.run.beside import Beside, BesideReader
 from gradscale.run.forward import finite_products, forward_products, probes_in
@@ -65,12 +66,18 @@ def prepare(
 
 def check_mode(model: nn.Module) -> None:
     """Raises: GradscaleError if a BatchNorm or an active dropout is in training mode."""
+    check_dropout(model)
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
             raise GradscaleError(
                 f"BatchNorm {name} must be in eval mode with running statistics, got batch statistics, under which an "
                 "example has no gradient of its own; return model.eval() from task.model()"
             )
+
+
+def check_dropout(model: nn.Module) -> None:
+    """Raises: GradscaleError if an active dropout is in training mode."""
+    for name, module in model.named_modules():
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
             raise GradscaleError(
                 f"dropout {name} must be off, got p={module.p} in training mode, under which a gradient is different "
@@ -98,7 +105,8 @@ def run_shard(
     """The rows and the measures' states of the examples `ids`; `block` is their jackknife block.
 
     With `forward`, products with probes come from forward mode, which takes passes of its own over the examples.
-    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients` and `forward_products`.
+    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`, `forward_products` and
+    `check_products`.
     """
     needs = needs_of(statistics, sketch)
     probes = probes_in(needs) if forward else {}
@@ -106,6 +114,7 @@ def run_shard(
     readings = _with_products(subject, ids, microbatch, readings, probes)
     beside = _read_beside(subject, ids, microbatch, statistics, readings.finite)
     batch = _finite_part(subject, ids, readings, labels, block, beside)
+    check_products(batch, ids)
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
 

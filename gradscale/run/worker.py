@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import sys
@@ -144,6 +145,7 @@ class Worker:
             "start": unit.start,
             "stop": unit.stop,
             "nonfinite": int((~result.columns.finite).sum()),
+            "sq_norm": math.fsum(result.columns.grad_sq_norm[result.columns.finite].tolist()),
             "files": [list(file) for file in written],
         }
         if stored is not None:
