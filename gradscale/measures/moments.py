@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 
 from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, has_norm_above
+from gradscale.measures.grouped import ALL, SEPARATOR, added, group_key, group_name, members, widened
 from gradscale.measures.measure import MicroBatch
 
 ABOVE = ">"  # the group of examples with a gradient norm above the threshold
-_ALL = "*"
-_SEPARATOR = "|"
 
 
 class MomentsState(NamedTuple):
@@ -71,7 +70,7 @@ class MomentsStatistic:
         return self.merge(state, self._of(batch))
 
     def merge(self, left: MomentsState, right: MomentsState) -> MomentsState:
-        return MomentsState(*(_add(a, b) for a, b in zip(left, right, strict=True)))
+        return MomentsState(*(added(a, b) for a, b in zip(left, right, strict=True)))
 
     def _of(self, batch: MicroBatch) -> MomentsState:
         counts: dict[str, Tensor] = {}
@@ -82,19 +81,20 @@ class MomentsStatistic:
             if not isinstance(reading, GradientSums):
                 continue
             for group, by_parameter in batch.sums[reading].items():
-                member = _members(batch, group, reading.min_norm)
-                key = _key(batch.block, group if reading.min_norm is None else ABOVE)
+                if reading.min_norm is None:
+                    key, member = group_key(batch.block, group), members(batch, group)
+                else:
+                    key, member = group_key(batch.block, ABOVE), has_norm_above(batch.sq_norms, reading.min_norm)
                 counts[key] = member.sum()
                 sq_norms[key] = batch.sq_norms[member].sum(dim=0)[columns]
-                for name, total in by_parameter.items():  # a copy: states that share memory cannot be stored
-                    sums[f"{key}{_SEPARATOR}{name}"] = total.to(torch.float64, copy=True)
+                sums |= widened(key, by_parameter)
         return MomentsState(counts, sq_norms, sums)
 
 
 def classes(state: MomentsState) -> list[int]:
     """The classes that `state` has sums for, ascending."""
-    groups = {key.split(_SEPARATOR)[1] for key in state.counts}
-    return sorted(int(group) for group in groups - {_ALL, ABOVE})
+    groups = {key.split(SEPARATOR)[1] for key in state.counts}
+    return sorted(int(group) for group in groups - {ALL, ABOVE})
 
 
 def moments(state: MomentsState, group: int | str | None = None) -> dict[str, Moments]:
@@ -120,7 +120,7 @@ def block_sums(state: MomentsState, group: int | str | None = None) -> Iterator[
 
 def layers_of(state: MomentsState) -> list[str]:
     """The parameters that `state` has sums for, sorted: the order in which they are added up."""
-    first = min(state.counts) + _SEPARATOR
+    first = min(state.counts) + SEPARATOR
     return sorted(key.removeprefix(first) for key in state.sums if key.startswith(first))
 
 
@@ -153,32 +153,10 @@ def jackknife(parts: Moments, value: Value) -> tuple[float, float]:
 
 def _keys(state: MomentsState, group: int | str | None) -> list[str]:
     """The blocks that have an example of the group; one of them if none has."""
-    ours = sorted(key for key in state.counts if key.split(_SEPARATOR)[1] == _group_name(group))
+    ours = sorted(key for key in state.counts if key.split(SEPARATOR)[1] == group_name(group))
     return [key for key in ours if int(state.counts[key])] or ours[:1]
 
 
 def _block_sums(state: MomentsState, keys: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     for name in layers_of(state):
-        yield name, torch.stack([state.sums[f"{key}{_SEPARATOR}{name}"] for key in keys])
-
-
-def _members(batch: MicroBatch, group: int | None, min_norm: float | None) -> Tensor:
-    """[B]: which examples a sum is over."""
-    if min_norm is not None:
-        return has_norm_above(batch.sq_norms, min_norm)
-    if group is None:
-        return torch.ones(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
-    assert batch.labels is not None
-    return batch.labels == group
-
-
-def _key(block: int, group: int | str | None) -> str:
-    return f"{block:04d}{_SEPARATOR}{_group_name(group)}"
-
-
-def _group_name(group: int | str | None) -> str:
-    return _ALL if group is None else str(group)
-
-
-def _add(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**left, **{key: left[key] + value if key in left else value for key, value in right.items()}}
+        yield name, torch.stack([state.sums[f"{key}{SEPARATOR}{name}"] for key in keys])

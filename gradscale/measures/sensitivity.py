@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gradscale.grads.readings import GradientSums, Readings, SquaredNorms, read_gradients
 from gradscale.grads.subject import Subject
 from gradscale.measures.gaussian_width import mean_and_error
+from gradscale.measures.grouped import SEPARATOR, added
 from gradscale.measures.measure import Estimate, Estimates, Gathering, MicroBatch
 from gradscale.measures.perturbation import (
     DrawMeans,
@@ -70,10 +71,8 @@ class HalfChanges:
 
     def merge(self, left: SensitivityState, right: SensitivityState) -> SensitivityState:
         values = add_draws(_values(left), _values(right))
-        both: dict[str, Tensor] = {**left.gradients}
-        for key, value in right.gradients.items():
-            both[key] = both[key] + value if key in both else value
-        return SensitivityState(values.totals, values.examples, left.counts + right.counts, both)
+        gradients = added(left.gradients, right.gradients)
+        return SensitivityState(values.totals, values.examples, left.counts + right.counts, gradients)
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,8 @@ class Sensitivity:
         if not bool(state.counts.all()):
             return math.nan, math.nan
         products = torch.zeros(self.num_draws, dtype=torch.float64)
-        for key in sorted(key for key in state.gradients if key.startswith("0|")):
-            draw = int(key.split("|")[1])
+        for key in sorted(key for key in state.gradients if key.startswith(f"0{SEPARATOR}")):
+            draw = int(key.split(SEPARATOR)[1])
             products[draw] += state.gradients[key] @ state.gradients[f"1{key[1:]}"]
         return mean_and_error(products / float(state.counts.prod()))
 
@@ -165,8 +164,9 @@ def _read(subject: Subject, batch: Batch, half: Tensor, keep: Tensor) -> Reading
 
 
 def _changes(before: Readings, after: Readings, draw: int) -> dict[str, Tensor]:
-    return {
-        f"{half}|{draw:04d}|{name}": (total.double() - before.sums[_SUMS][half][name].double()).cpu()
-        for half, sums in after.sums[_SUMS].items()
-        for name, total in sums.items()
-    }
+    changes: dict[str, Tensor] = {}
+    for half, sums in after.sums[_SUMS].items():
+        for name, total in sums.items():
+            key = SEPARATOR.join((str(half), f"{draw:04d}", name))
+            changes[key] = (total.double() - before.sums[_SUMS][half][name].double()).cpu()
+    return changes

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gradscale.measures.grouped import SEPARATOR
 from gradscale.measures.measure import Estimate, Estimates, Gathering, MicroBatch
 from gradscale.measures.probe_means import ProbeMeans, means
 from gradscale.measures.tangent_passes import (
     NAME,
-    SEPARATOR,
     TARGET,
     TangentPasses,
     TangentState,

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, Reading, Readings, SquaredNorms, read_gradients
 from gradscale.grads.subject import Subject
+from gradscale.measures.grouped import SEPARATOR, added
 from gradscale.measures.outputs import output_signs, outputs, targets
 from gradscale.measures.probe_means import ProbeMeans, add_means, means_of
 from gradscale.task import Batch
 
 NAME = "tangent_kernel"
-SEPARATOR = "|"
 TARGET = "target"  # the vector y among the vectors of weights
 
 
@@ -172,4 +172,4 @@ def _added(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str,
                 f"outputs must be as many for every example for a centred alignment, got {len(left[key])} and "
                 f"{len(right[key])}; set centred=false"
             )
-    return {**left, **{key: left[key] + value if key in left else value for key, value in right.items()}}
+    return added(left, right)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from gradscale.grads.readings import GradientSums, Reading
+from gradscale.measures.grouped import ALL, SEPARATOR, added, group_key, members, widened
 from gradscale.measures.measure import MicroBatch
 
-_SEPARATOR = "|"
 _ENTRIES = 1 << 22  # of the sums that are widened side by side at a time
 
 
@@ -55,7 +55,7 @@ class UnitSumsStatistic:
         return self.merge(state, self._of(batch))
 
     def merge(self, left: UnitState, right: UnitState) -> UnitState:
-        return UnitState(*(_add(a, b) for a, b in zip(left, right, strict=True)))
+        return UnitState(*(added(a, b) for a, b in zip(left, right, strict=True)))
 
     def _of(self, batch: MicroBatch) -> UnitState:
         counts: dict[str, Tensor] = {}
@@ -64,23 +64,23 @@ class UnitSumsStatistic:
         for reading in self.needs:
             assert isinstance(reading, GradientSums)
             for group, by_parameter in batch.sums[reading].items():
-                member, key = _members(batch, group), _key(batch.block, group)
+                member, key = members(batch, group), group_key(batch.block, group)
                 counts[key] = (member & batch.directed).sum()
                 zeros[key] = (member & ~batch.directed).sum()
-                sums |= {f"{key}{_SEPARATOR}{name}": total.double() for name, total in by_parameter.items()}
+                sums |= widened(key, by_parameter)
         return UnitState(counts, zeros, sums)
 
 
 def classes_of(state: UnitState) -> list[int]:
     """The classes with an example that has a direction, ascending."""
-    found = {key.split(_SEPARATOR)[1] for key, count in state.counts.items() if int(count)}
-    return sorted(int(group) for group in found - {"*"})
+    found = {key.split(SEPARATOR)[1] for key, count in state.counts.items() if int(count)}
+    return sorted(int(group) for group in found - {ALL})
 
 
 def rows_of(state: UnitState, groups: Sequence[int | None]) -> UnitRows:
     """The rows of `groups` in every block; None is the row of all examples. A class that a block lacks counts 0."""
-    blocks = sorted({key.split(_SEPARATOR)[0] for key, count in state.counts.items() if int(count)})
-    keys = tuple(_key(int(block), group) for block in blocks for group in groups)
+    blocks = sorted({key.split(SEPARATOR)[0] for key, count in state.counts.items() if int(count)})
+    keys = tuple(group_key(int(block), group) for block in blocks for group in groups)
     counts = torch.tensor([int(state.counts.get(key, 0)) for key in keys], dtype=torch.float64)
     return UnitRows(keys, counts.view(len(blocks), len(groups)))
 
@@ -101,33 +101,18 @@ def products(left: UnitState, rows: UnitRows, right: UnitState, columns: UnitRow
 
 
 def zero_gradients(state: UnitState) -> int:
-    return sum(int(count) for key, count in state.zeros.items() if key.split(_SEPARATOR)[1] == "*")
+    return sum(int(count) for key, count in state.zeros.items() if key.split(SEPARATOR)[1] == ALL)
 
 
 def _stacked(state: UnitState, rows: UnitRows, name: str, part: slice) -> Tensor:
     """[J C, entries of the part]"""
     empty = torch.zeros(part.stop - part.start, dtype=torch.float64)
-    found = (state.sums.get(f"{key}{_SEPARATOR}{name}") for key in rows.keys)
+    found = (state.sums.get(f"{key}{SEPARATOR}{name}") for key in rows.keys)
     stacked = [empty if row is None else row[part] for row in found]
     return torch.stack(stacked) if stacked else empty.new_zeros(0, len(empty))
 
 
 def _parameters(state: UnitState) -> dict[str, int]:
     """Entries by parameter, sorted by name: the order in which products are added up."""
-    sizes = {key.split(_SEPARATOR, 2)[2]: total.numel() for key, total in state.sums.items()}
+    sizes = {key.split(SEPARATOR, 2)[2]: total.numel() for key, total in state.sums.items()}
     return dict(sorted(sizes.items()))
-
-
-def _members(batch: MicroBatch, group: int | None) -> Tensor:
-    if group is None:
-        return torch.ones(len(batch.ids), dtype=torch.bool, device=batch.ids.device)
-    assert batch.labels is not None
-    return batch.labels == group
-
-
-def _key(block: int, group: int | None) -> str:
-    return f"{block:04d}{_SEPARATOR}{'*' if group is None else group}"
-
-
-def _add(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {**left, **{key: left[key] + value if key in left else value for key, value in right.items()}}
