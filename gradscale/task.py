@@ -90,6 +90,26 @@ class TensorExamples:
         return _digest(self.tensors)
 
 
+def batch_size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
+def check_rows(found: Any, batch: Batch, method: str, columns: str, advice: str) -> Tensor:
+    """What the task's `method` returned. Raises: GradscaleError unless it is floating point, [B, any number]."""
+    right = isinstance(found, Tensor) and found.dim() == 2 and found.is_floating_point()
+    if not right or len(found) != batch_size(batch):
+        raise GradscaleError(
+            f"task.{method} must return floating-point numbers of shape ({batch_size(batch)}, {columns}), got "
+            f"{described(found)}; {advice}"
+        )
+    assert isinstance(found, Tensor)
+    return found
+
+
+def described(found: Any) -> str:
+    return f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+
+
 def fingerprint(examples: Examples) -> str:
     """A hash that changes when the data do: the dataset's own `fingerprint()`, or of its first and last rows."""
     own = getattr(examples, "fingerprint", None)

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, SquaredNorms
+from gradscale.grads.subject import read_batch
 from gradscale.run.check import check_subject, compare_alone
-from gradscale.run.shard import load_batch, prepare, read_batch
+from gradscale.run.shard import load_batch, prepare
 
 VOCABULARY, LONGEST, E = 7, 12, 4
 Use = Callable[[Tensor, Tensor], Tensor]  # of the tokens [B, T, E] and the positions [T, E]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gradscale.grads.coverage import Site
-from gradscale.task import Examples, Task
+from gradscale.grads.readings import Reading, Readings, Totals, read_gradients
+from gradscale.grads.waiting import Doubts
+from gradscale.task import Batch, Examples, Task, batch_size
 
 
 @dataclass(frozen=True)
@@ -25,3 +27,35 @@ class Subject:
     @property
     def device(self) -> torch.device:
         return next(iter(self.parameters.values())).device
+
+
+def read_batch(
+    subject: Subject,
+    batch: Batch,
+    readings: Set[Reading],
+    labels: Tensor | None = None,
+    exclude: Tensor | None = None,
+    totals: Totals | None = None,
+    doubts: Doubts | None = None,
+    scalars: Callable[[nn.Module], Tensor] | None = None,
+) -> Readings:
+    """The readings of one batch, which is on the subject's device; see `read_gradients`.
+
+    Of the gradients of `scalars(model)` [B], where they are given, in the place of those of the task's losses.
+    """
+
+    def losses(model: nn.Module) -> Tensor:
+        return subject.task.losses(model, batch)
+
+    return read_gradients(
+        subject.model,
+        subject.sites,
+        subject.parameters,
+        scalars or losses,
+        batch_size(batch),
+        readings,
+        labels,
+        exclude,
+        totals,
+        doubts,
+    )

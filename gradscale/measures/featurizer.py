@@ -19,9 +19,10 @@ from gradscale.measures.gaussian_width import WidthState, empty_state, estimates
 from gradscale.measures.measure import Estimates, MicroBatch, Observation
 from gradscale.sketches.dimensions import check_dim
 from gradscale.sketches.gaussian import GaussianProbes
-from gradscale.task import Batch
+from gradscale.task import Batch, check_rows
 
 PARAMETER = "features"  # by which the probes are keyed: the only parameter there is
+_ADVICE = "pool over positions, so that there is one vector for each example"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FeatureProducts:
                 "leave the measure featurizer out"
             )
         with torch.no_grad():
-            points = _checked(features(subject.model, batch), len(next(iter(batch.values()))))
+            points = check_rows(features(subject.model, batch), batch, "features", "F", _ADVICE)
         points = points.cpu().double()
         return (points @ _matrix(self.probes, points.shape[1])).where(points.isfinite().all(dim=1)[:, None], torch.nan)
 
@@ -104,12 +105,3 @@ def state_of_finite(products: Tensor) -> WidthState:
 def _matrix(probes: GaussianProbes, features: int) -> Tensor:
     """[F, N] float64"""
     return probes.materialize(PARAMETER, (features, 1)).double()
-
-
-def _checked(points: Tensor, batch: int) -> Tensor:
-    if points.dim() != 2 or len(points) != batch or not points.is_floating_point():
-        raise GradscaleError(
-            f"task.features must return floating-point numbers of shape ({batch}, F), got {points.dtype} of shape "
-            f"{tuple(points.shape)}; pool over positions, so that there is one vector for each example"
-        )
-    return points

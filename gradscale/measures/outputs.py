@@ -16,7 +16,7 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.subject import Subject
 from gradscale.sketches.philox import key_of
 from gradscale.sketches.words import signs_of
-from gradscale.task import Batch
+from gradscale.task import Batch, batch_size, check_rows, described
 
 VERSION = 1
 _SIGNATURES = {
@@ -36,10 +36,10 @@ def inputs(subject: Subject, batch: Batch, measure: str) -> Tensor:
     _method(subject, "outputs_of", measure)
     with torch.no_grad():
         found = _method(subject, "inputs", measure)(subject.model, batch)
-    if not isinstance(found, Tensor) or found.shape[:1] != (_size(batch),) or not found.is_floating_point():
+    if not isinstance(found, Tensor) or found.shape[:1] != (batch_size(batch),) or not found.is_floating_point():
         raise GradscaleError(
-            f"task.inputs must return floating-point numbers with {_size(batch)} rows, got {_described(found)}; give "
-            "embeddings where the batch holds token ids"
+            f"task.inputs must return floating-point numbers with {batch_size(batch)} rows, got {described(found)}; "
+            "give embeddings where the batch holds token ids"
         )
     return found.detach()
 
@@ -64,9 +64,9 @@ def targets(subject: Subject, batch: Batch, size: int, measure: str) -> Tensor:
     given: Callable[[Batch], Tensor] | None = getattr(subject.task, "targets", None)
     if given is not None:
         found = given(batch)
-        if found.shape != (_size(batch), size):
+        if found.shape != (batch_size(batch), size):
             raise GradscaleError(
-                f"task.targets must return shape ({_size(batch)}, {size}), that of the outputs, got "
+                f"task.targets must return shape ({batch_size(batch)}, {size}), that of the outputs, got "
                 f"{tuple(found.shape)}; give one target for each output"
             )
         return found.detach().double()
@@ -93,14 +93,7 @@ def output_signs(ids: range, probe: int, seed: int, like: Tensor) -> Tensor:
 
 def checked(found: Any, batch: Batch, name: str) -> Tensor:
     """Raises: GradscaleError if `found` is not a floating-point tensor [B, C]."""
-    wrong = not isinstance(found, Tensor) or found.dim() != 2 or not found.is_floating_point()
-    if wrong or len(found) != _size(batch):
-        raise GradscaleError(
-            f"task.{name} must return floating-point numbers of shape ({_size(batch)}, C), got {_described(found)}; "
-            "flatten what belongs to one example into one row"
-        )
-    assert isinstance(found, Tensor)
-    return found
+    return check_rows(found, batch, name, "C", "flatten what belongs to one example into one row")
 
 
 def _method(subject: Subject, name: str, measure: str) -> Callable[..., Any]:
@@ -111,11 +104,3 @@ def _method(subject: Subject, name: str, measure: str) -> Callable[..., Any]:
             f"measure {measure} out"
         )
     return found
-
-
-def _size(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _described(found: Any) -> str:
-    return f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

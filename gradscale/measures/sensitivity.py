@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from gradscale.grads.readings import GradientSums, Readings, SquaredNorms, read_gradients
-from gradscale.grads.subject import Subject
+from gradscale.grads.readings import GradientSums, Reading, SquaredNorms
+from gradscale.grads.subject import Subject, read_batch
 from gradscale.measures.gaussian_width import mean_and_error
 from gradscale.measures.grouped import SEPARATOR, added
 from gradscale.measures.measure import Estimate, Estimates, Gathering, MicroBatch
@@ -31,6 +31,7 @@ from gradscale.task import Batch
 
 HALVES = 2
 _SUMS = GradientSums(by_class=True)
+_READ: frozenset[Reading] = frozenset({SquaredNorms(), _SUMS})
 
 
 class SensitivityState(NamedTuple):
@@ -54,12 +55,12 @@ class HalfChanges:
 
     def gather(self, subject: Subject, batch: Batch, ids: range, keep: Tensor) -> SensitivityState:
         half = torch.arange(ids.start, ids.stop) % HALVES
-        before = _read(subject, batch, half, keep)
+        before = read_batch(subject, batch, _READ, labels=half, exclude=~keep)
         finite, losses = before.finite, []
         gradients: dict[str, Tensor] = {}
         for draw in range(self.noise.num_draws):
             with moved(subject.parameters, self.noise.of(draw)):
-                after = _read(subject, batch, half, keep)
+                after = read_batch(subject, batch, _READ, labels=half, exclude=~keep)
             finite = finite & after.finite
             losses.append(after.losses - before.losses)
             gradients |= _changes(before, after, draw)
@@ -145,22 +146,6 @@ class Sensitivity:
 
 def _values(state: SensitivityState) -> DrawMeans:
     return DrawMeans(state.totals, state.examples)
-
-
-def _read(subject: Subject, batch: Batch, half: Tensor, keep: Tensor) -> Readings:
-    def losses(model: nn.Module) -> Tensor:
-        return subject.task.losses(model, batch)
-
-    return read_gradients(
-        subject.model,
-        subject.sites,
-        subject.parameters,
-        losses,
-        len(half),
-        {SquaredNorms(), _SUMS},
-        labels=half,
-        exclude=~keep,
-    )
 
 
 def _changes(before: Readings, after: Readings, draw: int) -> dict[str, Tensor]:

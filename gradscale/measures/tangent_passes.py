@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.readings import GradientSums, Reading, Readings, SquaredNorms, read_gradients
-from gradscale.grads.subject import Subject
+from gradscale.grads.readings import GradientSums, Reading, Readings, SquaredNorms
+from gradscale.grads.subject import Subject, read_batch
 from gradscale.measures.grouped import SEPARATOR, added
 from gradscale.measures.outputs import output_signs, outputs, targets
 from gradscale.measures.probe_means import ProbeMeans, add_means, means_of
@@ -104,9 +104,7 @@ class TangentPasses:
             return (found * used[0]).sum(dim=1)
 
         asked: set[Reading] = {SquaredNorms(), GradientSums()} if self.alignment else {SquaredNorms()}
-        readings = read_gradients(
-            subject.model, subject.sites, subject.parameters, scores, len(keep), asked, exclude=~keep
-        )
+        readings = read_batch(subject, batch, asked, exclude=~keep, scalars=scores)
         return _Pass(readings, used[0].double())
 
     def _sums(self, found: Mapping[str, _Pass], keep: Tensor) -> dict[str, dict[str, Tensor]]:

@@ -15,7 +15,9 @@ from gradscale.errors import GradscaleError
 from gradscale.run.memory import explaining_memory
 from gradscale.run.shard import check_mode
 from gradscale.store.results import Run
-from gradscale.task import Batch, Task, fingerprint
+from gradscale.task import Batch, Task, check_rows, fingerprint
+
+_ADVICE = "flatten images, pool the embeddings of sequences over positions"
 
 
 def unit_inputs(run: Run, task: Task, step: int, ids: np.ndarray, microbatch: int) -> tuple[Tensor, Tensor]:
@@ -43,18 +45,10 @@ def unit_inputs(run: Run, task: Task, step: int, ids: np.ndarray, microbatch: in
         chosen = ids[np.searchsorted(ids, part.start) : np.searchsorted(ids, part.stop)] - start
         if len(chosen):
             with torch.no_grad(), explaining_memory(microbatch):
-                points = _checked(inputs(model, examples.batch(part)), len(part))
+                batch = examples.batch(part)
+                points = check_rows(inputs(model, batch), batch, "input_vectors", "d", _ADVICE)
             found.append(points[torch.from_numpy(chosen)])
     points = torch.cat(found)
     norms = points.double().norm(dim=1)
     kept = norms.isfinite() & (norms > 0)
     return (points / norms.where(kept, 1.0)[:, None]).to(points.dtype), kept
-
-
-def _checked(points: Tensor, batch: int) -> Tensor:
-    if points.dim() != 2 or len(points) != batch or not points.is_floating_point():
-        raise GradscaleError(
-            f"task.input_vectors must return floating-point numbers of shape ({batch}, d), got {points.dtype} of shape "
-            f"{tuple(points.shape)}; flatten images, pool the embeddings of sequences over positions"
-        )
-    return points

@@ -21,12 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from gradscale.errors import GradscaleError
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import Projected
-from gradscale.grads.subject import Subject
+from gradscale.grads.subject import Subject, read_batch
 from gradscale.grads.sweep import Request, read
 from gradscale.measures.measure import Statistic
 from gradscale.run.forward import TOGETHER, differentiable_attention, forward_products, probes_in
 from gradscale.run.memory import is_out_of_memory
-from gradscale.run.shard import load_batch, needs_of, read_batch
+from gradscale.run.shard import load_batch, needs_of
 from gradscale.sketches.blocks import entries_kept
 from gradscale.sketches.gaussian import GaussianProbes
 

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import select_parameters, sites
-from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals, read_gradients
-from gradscale.grads.subject import Subject
+from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals
+from gradscale.grads.subject import Subject, read_batch
 from gradscale.grads.waiting import Doubts, sent
 from gradscale.measures.identities import check_products
 from gradscale.measures.measure import Gathering, MicroBatch, Observation, Statistic
@@ -27,7 +27,7 @@ from gradscale.run.forward import finite_products, forward_products, probes_in
 from gradscale.run.memory import explaining_memory
 from gradscale.sketches import BoundSketch, Sketch
 from gradscale.sketches.gaussian import GaussianProbes
-from gradscale.task import Batch, Task
+from gradscale.task import Batch, Task, batch_size
 
 
 class Columns(NamedTuple):
@@ -119,34 +119,6 @@ def run_shard(
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
 
 
-def read_batch(
-    subject: Subject,
-    batch: Batch,
-    readings: frozenset[Reading],
-    labels: Tensor | None = None,
-    exclude: Tensor | None = None,
-    totals: Totals | None = None,
-    doubts: Doubts | None = None,
-) -> Readings:
-    """The readings of one batch, which is on the subject's device; see `read_gradients`."""
-
-    def losses(model: nn.Module) -> Tensor:
-        return subject.task.losses(model, batch)
-
-    return read_gradients(
-        subject.model,
-        subject.sites,
-        subject.parameters,
-        losses,
-        batch_size(batch),
-        readings,
-        labels,
-        exclude,
-        totals,
-        doubts,
-    )
-
-
 def load_batch(subject: Subject, ids: range) -> Batch:
     """The examples `ids` on the subject's device.
 
@@ -168,10 +140,6 @@ def _fetched(subject: Subject, ids: range) -> Batch:
 
 def _sent(subject: Subject, batch: Batch) -> Batch:
     return {name: sent(tensor, subject.device) for name, tensor in batch.items()}
-
-
-def batch_size(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
 
 
 def labels_of(task: Task, batch: Batch) -> Tensor | None:

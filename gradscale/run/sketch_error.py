@@ -26,9 +26,10 @@ from gradscale.grads.readings import Reading
 from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Estimate, Estimates, MicroBatch
 from gradscale.run.memory import explaining_memory
-from gradscale.run.shard import batch_size, load_batch
+from gradscale.run.shard import load_batch
 from gradscale.store.narrow import Narrowed
 from gradscale.store.sketches import cosine_error
+from gradscale.task import batch_size
 
 EXAMPLES = 16
 _TILE_ENTRIES = 1 << 22  # of all examples together: 16 MB of float32
