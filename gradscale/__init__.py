@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
     from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
+    from gradscale.run.stiffness_between import stiffness_between as stiffness_between
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
-    from gradscale.run.two_runs import stiffness_between as stiffness_between
     from gradscale.run.widths import tuple_width as tuple_width
     from gradscale.run.widths import width as width
     from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
@@ -72,7 +72,7 @@ _HOMES = {
     "measure": "gradscale.run.job",
     "sign_stiffness": "gradscale.run.sign_stiffness",
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
-    "stiffness_between": "gradscale.run.two_runs",
+    "stiffness_between": "gradscale.run.stiffness_between",
     "tuple_width": "gradscale.run.widths",
     "width": "gradscale.run.widths",
     "GaussianSketch": "gradscale.sketches.gaussian",

@@ -27,8 +27,9 @@ from torch.nn import functional as F
 
 import gradscale as gs
 from gradscale.grads.readings import GradientSums
+from gradscale.measures.jackknife import jackknife_errors
 from gradscale.measures.measure import Estimate, MicroBatch
-from gradscale.measures.pairs import jackknife, means_within
+from gradscale.measures.pairs import means_within
 from gradscale.measures.stiffness import Stiffness, cosines_between
 from gradscale.measures.unit_sums import UnitState, UnitSumsStatistic
 from gradscale.report.html import write_report
@@ -574,5 +575,5 @@ def assert_honest(scores: list[float], degrees: int) -> None:
 def test_equal_blocks_give_the_classical_jackknife() -> None:
     values = torch.tensor([[1.0], [2.0], [4.0], [9.0]], dtype=torch.float64)
     sizes, full = torch.full((4, 1), 5.0, dtype=torch.float64), torch.tensor([3.0], dtype=torch.float64)
-    error = jackknife(full, [(values[:3], sizes[:3]), (values[3:], sizes[3:])], torch.tensor([20.0]))
+    error = jackknife_errors(full, [(values[:3], sizes[:3]), (values[3:], sizes[3:])], torch.tensor([20.0]))
     assert float(error) == pytest.approx(math.sqrt(3 / 4 * float((values - values.mean()).square().sum())))

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradscale.grads.readings import GradientSums, Reading, SquaredNorms, has_norm_above
 from gradscale.measures.grouped import ALL, SEPARATOR, added, group_key, group_name, members, widened
+from gradscale.measures.jackknife import jackknife_errors
 from gradscale.measures.measure import MicroBatch
 
 ABOVE = ">"  # the group of examples with a gradient norm above the threshold
@@ -128,27 +129,17 @@ Value = Callable[[float, float, float], float]  # of n, Q = sum |g_i|^2 and |S|^
 
 
 def jackknife(parts: Moments, value: Value) -> tuple[float, float]:
-    """value(n, Q, |S|^2) over all blocks, and its delete-one-block jackknife standard error.
-
-    The blocks may have unequal sizes: Busing, Meijer and van der Leeden (1999), "Delete-m jackknife for
-    unequal m", equations 3 and 4. NaN where there are fewer than two blocks.
-    """
-    n, q, norm = float(parts.counts.sum()), float(parts.sq_norms.sum()), float(parts.gram.sum())
-    full = value(n, q, norm)
-    blocks = len(parts.counts)
-    if blocks < 2:
+    """value(n, Q, |S|^2) over all blocks, and its standard error: see `jackknife_errors`. NaN of a single block."""
+    n, q, norm = parts.counts.sum(), parts.sq_norms.sum(), parts.gram.sum()
+    full = value(float(n), float(q), float(norm))
+    rest = torch.stack(
+        [n - parts.counts, q - parts.sq_norms, norm - 2 * parts.gram.sum(dim=1) + parts.gram.diagonal()], dim=1
+    )
+    if len(rest) < 2:
         return full, math.nan
-    cross = parts.gram.sum(dim=1)
-    weights = n / parts.counts  # h_j
-    left_out = [
-        value(n - float(parts.counts[j]), q - float(parts.sq_norms[j]), norm - float(2 * cross[j] - parts.gram[j, j]))
-        for j in range(blocks)
-    ]
-    without = torch.tensor(left_out, dtype=torch.float64)
-    mean = blocks * full - float(((1 - 1 / weights) * without).sum())
-    pseudo = weights * full - (weights - 1) * without
-    variance = float(((pseudo - mean) ** 2 / (weights - 1)).sum()) / blocks
-    return full, math.sqrt(variance)
+    left_out = torch.tensor([[value(*without)] for without in rest.tolist()], dtype=torch.float64)
+    error = jackknife_errors(torch.tensor([full], dtype=torch.float64), [(left_out, parts.counts[:, None])], n[None])
+    return full, float(error)
 
 
 def _keys(state: MomentsState, group: int | str | None) -> list[str]:

@@ -9,12 +9,13 @@ Shapes: C classes, J blocks, m of them at a time, V = 3 + C^2 values.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gradscale.measures.jackknife import jackknife_errors
 from gradscale.measures.measure import Estimate
 
 ALL, WITHIN, BETWEEN, MATRIX = 0, 1, 2, 3  # where the values are; the class matrix goes row by row from MATRIX on
@@ -43,7 +44,7 @@ def means_within(sums: Tensor, own: Tensor, C: int) -> PairMeans:
             rest = counts - taken
             yield pair_values(total - rows - rows.mT, pairs_within(rest)), sizes_within(taken)
 
-    return PairMeans(full, jackknife(full, left_out(), sizes_within(counts)), sizes_within(counts))
+    return PairMeans(full, jackknife_errors(full, left_out(), sizes_within(counts)), sizes_within(counts))
 
 
 def means_between(sums: Tensor, own: Tensor, back: Tensor, other: Tensor, C: int) -> PairMeans:
@@ -64,7 +65,7 @@ def means_between(sums: Tensor, own: Tensor, back: Tensor, other: Tensor, C: int
             yield pair_values(total - rows.mT, n[:, None] * (m - taken)[:, None, :]), sizes_of_columns(taken)
 
     sizes = sizes_of_rows(n), sizes_of_columns(m)
-    errors = jackknife(full, first(), sizes[0]).hypot(jackknife(full, second(), sizes[1]))
+    errors = jackknife_errors(full, first(), sizes[0]).hypot(jackknife_errors(full, second(), sizes[1]))
     return PairMeans(full, errors, sizes[0] + sizes[1])
 
 
@@ -100,29 +101,6 @@ def sizes_of_rows(counts: Tensor) -> Tensor:
 def sizes_of_columns(counts: Tensor) -> Tensor:
     """[..., V]: the same of the set that counts the matrix's columns."""
     return _sizes(counts, counts[..., None, :].expand(*counts.shape, counts.shape[-1]))
-
-
-def jackknife(full: Tensor, left_out: Iterable[tuple[Tensor, Tensor]], sizes: Tensor) -> Tensor:
-    """[V] standard errors of `full` [V], from (values without the block, examples in the block), both [m, V].
-
-    The delete-one-block jackknife for blocks of unequal size, each value's over the blocks that hold examples of its
-    own, of which it has `sizes` [V] in all. NaN where that is one block, or a block holds what a value cannot do
-    without. Memory: that of what is given at a time.
-    Source: Busing, Meijer and van der Leeden (1999), "Delete-m jackknife for unequal m", equations 3 and 4, with the
-    differences d_j from the full value and the shares s_j = m_j / n in place of values and h_j = n / m_j.
-    """
-    spread, linear, drift, odds, blocks = (torch.zeros_like(full) for _ in range(5))
-    for values, taken in left_out:
-        share = taken / sizes
-        held = share > 0
-        d = torch.where(held, values - full, 0.0)
-        spread += torch.where(held, (1 - share) / share * d**2, 0.0).sum(dim=0)
-        linear += d.sum(dim=0)
-        drift -= ((1 - share) * d).sum(dim=0)
-        odds += torch.where(held, share / (1 - share), 0.0).sum(dim=0)
-        blocks += held.sum(dim=0)
-    variance = (spread + 2 * linear * drift + drift**2 * odds) / blocks
-    return variance.clamp(min=0).sqrt().where(blocks > 1, torch.nan)
 
 
 def whole_estimate(name: str, means: PairMeans, definition: str) -> Found:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradscale.grads.readings import GradientSums, Reading, SquaredNorms
+from gradscale.grads.readings import GradientSums, Reading, Readings, SquaredNorms
 from gradscale.grads.subject import Subject, read_batch
 from gradscale.measures.gaussian_width import mean_and_error
 from gradscale.measures.grouped import SEPARATOR, added

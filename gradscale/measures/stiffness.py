@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from gradscale.errors import GradscaleError
+from gradscale.measures.jackknife import jackknife_errors
 from gradscale.measures.measure import Estimates
 from gradscale.measures.pairs import (
     ALL,
     Found,
     PairMeans,
     class_estimates,
-    jackknife,
     pair_values,
     pairs_within,
     sizes_of_columns,
@@ -143,7 +143,7 @@ def _within(gram: _Gram) -> PairMeans:
     full = pair_values(total - torch.diag_embed(counts), pairs_within(counts))
     sizes = sizes_within(counts)
     left_out = (pair_values(without, pairs_within(rest)), sizes_within(gram.counts))
-    return PairMeans(full, jackknife(full, [left_out], sizes), sizes)
+    return PairMeans(full, jackknife_errors(full, [left_out], sizes), sizes)
 
 
 def _between(left: UnitState, right: UnitState, groups: Sequence[int | None]) -> PairMeans:
@@ -155,6 +155,6 @@ def _between(left: UnitState, right: UnitState, groups: Sequence[int | None]) ->
     full = pair_values(total, n[:, None] * m)
     by_row = pair_values(total - gram.sum(dim=2), (n - rows.counts)[:, :, None] * m)
     by_column = pair_values(total - gram.sum(dim=0).transpose(0, 1), n[:, None] * (m - columns.counts)[:, None, :])
-    first = jackknife(full, [(by_row, sizes_of_rows(rows.counts))], sizes_of_rows(n))
-    second = jackknife(full, [(by_column, sizes_of_columns(columns.counts))], sizes_of_columns(m))
+    first = jackknife_errors(full, [(by_row, sizes_of_rows(rows.counts))], sizes_of_rows(n))
+    second = jackknife_errors(full, [(by_column, sizes_of_columns(columns.counts))], sizes_of_columns(m))
     return PairMeans(full, first.hypot(second), sizes_of_rows(n) + sizes_of_columns(m))

@@ -22,9 +22,9 @@ from gradscale.grads.subject import Subject, read_batch
 from gradscale.grads.waiting import Doubts, sent
 from gradscale.measures.identities import check_products
 from gradscale.measures.measure import Gathering, MicroBatch, Observation, Statistic
-from gradscale.run.beside import Beside, BesideReader
 from gradscale.run.forward import finite_products, forward_products, probes_in
 from gradscale.run.memory import explaining_memory
+from gradscale.run.observations import Beside, BesideReader
 from gradscale.sketches import BoundSketch, Sketch
 from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.task import Batch, Task, batch_size

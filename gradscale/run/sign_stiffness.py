@@ -26,7 +26,7 @@ from gradscale.measures.pairs import (
 )
 from gradscale.run.plan import check_positive
 from gradscale.run.sample import bottom_k
-from gradscale.run.two_runs import check_same_weights, is_same
+from gradscale.run.stiffness_between import check_same_weights, is_same
 from gradscale.store.products import BLOCK
 from gradscale.store.results import Run
 

@@ -24,6 +24,7 @@ from gradscale.grads.capture import capture
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import Reading
 from gradscale.grads.subject import Subject
+from gradscale.measures.gaussian_width import mean_and_error
 from gradscale.measures.measure import Estimate, Estimates, MicroBatch
 from gradscale.run.memory import explaining_memory
 from gradscale.run.shard import load_batch
@@ -83,7 +84,7 @@ class SketchError:
         found = {
             "cosine_rms_error": Estimate(*_rms_and_error(state), pairs, "estimator", _definition("pairs"), "1"),
             "cosine_expected_error": Estimate(expected, None, pairs, "estimator", _definition("pairs"), "1"),
-            "norm_bias": Estimate(*_mean_and_error(ratios - 1), len(ratios), "estimator", _definition("examples"), "1"),
+            "norm_bias": Estimate(*mean_and_error(ratios - 1), len(ratios), "estimator", _definition("examples"), "1"),
             "zero_gradients": Estimate(float(zeros), None, n, "identity", _definition("examples"), "examples"),
             "entries_underflown": Estimate(_mean(state.zeroed), None, n, "identity", _definition("examples"), "1"),
         }
@@ -170,11 +171,6 @@ def _rms(squares: Tensor, partners: Tensor) -> float:
 
 def _mean(values: Tensor) -> float:
     return float(values.mean()) if len(values) else math.nan
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
-    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return _mean(values), error
 
 
 def _definition(counted: str) -> str:

@@ -16,10 +16,10 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import describe
 from gradscale.grads.subject import Subject
 from gradscale.measures.measure import Measure
-from gradscale.run.beside import try_beside
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
 from gradscale.run.memory import explaining_memory
+from gradscale.run.observations import try_beside
 from gradscale.run.plan import Plan, Unit
 from gradscale.run.probe_products import Choice, choose
 from gradscale.run.shard import (

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gradscale.grads import sweep
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.readings import DenseMap
-from gradscale.grads.sweep import Request, read
+from gradscale.grads.readings import DenseMap, TiledMap
+from gradscale.grads.sweep import Request, empty_sums, read
 
 _CACHE_BYTES = 1 << 30
 _TILE_ENTRIES = 1 << 16  # of a parameter in a tile
@@ -63,6 +63,16 @@ def apply_rows(dense: DenseMap, parameter: str, grads: LayerGrads) -> Tensor:
         return dense.rows(parameter, start, stop, grads.device)
 
     read(grads, Request(None, (), ((rows, total),)))
+    return total
+
+
+def apply_fold(tiled: TiledMap, parameter: str, grads: LayerGrads) -> Tensor:
+    """[B, K] float64: the gradients folded tile by tile."""
+    fold = tiled.fold(parameter, grads.shape[1:], grads.device)
+    sums = empty_sums(fold, grads)
+    read(grads, Request(None, (), (), ((fold, sums),)))
+    total = torch.zeros(grads.shape[0], tiled.dim, dtype=torch.float64, device=grads.device)
+    fold.finish(sums, total)
     return total
 
 

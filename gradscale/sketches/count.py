@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.sweep import Request, empty_sums, read
-from gradscale.sketches.blocks import kept
+from gradscale.sketches.blocks import apply_fold, kept
 from gradscale.sketches.dimensions import check_dim, check_fits
 from gradscale.sketches.philox import Key, key_of
 from gradscale.sketches.words import entry_signs, words
@@ -70,12 +69,7 @@ class CountSketch:
         return CountFold(self.dim, self.seed, parameter, rows, columns, device)
 
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
-        fold = self.fold(parameter, grads.shape[1:], grads.device)
-        sums = empty_sums(fold, grads)
-        read(grads, Request(None, (), (), ((fold, sums),)))
-        total = torch.zeros(grads.shape[0], self.dim, dtype=torch.float64, device=grads.device)
-        fold.finish(sums, total)
-        return total
+        return apply_fold(self, parameter, grads)
 
     def materialize(self, parameter: str, shape: tuple[int, int]) -> Tensor:
         """[P, K] float32: the definition."""
@@ -190,12 +184,12 @@ def _add_modulo(signed: Tensor, start: int, sums: Tensor) -> None:
     if first:
         sums[:, start % size : start % size + first] += signed[:, :first]
     if whole > first:
-        _add_rows(signed[:, first:whole].unflatten(1, (-1, size)), sums)
+        _add_blocks(signed[:, first:whole].unflatten(1, (-1, size)), sums)
     if whole < signed.shape[1]:
         sums[:, : signed.shape[1] - whole] += signed[:, whole:]
 
 
-def _add_rows(blocks: Tensor, sums: Tensor) -> None:
+def _add_blocks(blocks: Tensor, sums: Tensor) -> None:
     """Add the sums of `blocks` [b, n, W] over n to `sums` [b, W]."""
     if blocks.device.type == "cpu":  # a product with ones is the faster sum
         sums += torch.bmm(blocks.new_ones(1, 1, blocks.shape[1]).expand(len(blocks), -1, -1), blocks)[:, 0]

@@ -9,13 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gradscale.grads.layer import LayerGrads
-from gradscale.grads.sweep import Request, empty_sums, read
+from gradscale.sketches.blocks import apply_fold
 from gradscale.sketches.count import CountFold, CountSketch
 from gradscale.sketches.dimensions import check_dim, check_fits
 
@@ -54,12 +53,7 @@ class SjltSketch:
         return SjltFold(tuple(sketch.fold(name, shape, device) for sketch, name in self._blocks(parameter)))
 
     def apply(self, parameter: str, grads: LayerGrads) -> Tensor:
-        fold = self.fold(parameter, grads.shape[1:], grads.device)
-        sums = empty_sums(fold, grads)
-        read(grads, Request(None, (), (), ((fold, sums),)))
-        total = torch.zeros(grads.shape[0], self.dim, dtype=torch.float64, device=grads.device)
-        fold.finish(sums, total)
-        return total
+        return apply_fold(self, parameter, grads)
 
     def materialize(self, parameter: str, shape: tuple[int, int]) -> Tensor:
         """[P, K] float32: the definition."""
@@ -102,6 +96,4 @@ class SjltFold:
         total += torch.cat(images, dim=1)
 
     def _own(self, sums: Tensor) -> Iterator[tuple[CountFold, Tensor]]:
-        ends = [sum(block.width for block in self.blocks[:i]) for i in range(len(self.blocks) + 1)]
-        for block, (start, stop) in zip(self.blocks, pairwise(ends), strict=True):
-            yield block, sums[:, start:stop]
+        yield from zip(self.blocks, sums.split([block.width for block in self.blocks], dim=1), strict=True)
