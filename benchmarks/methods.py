@@ -87,6 +87,18 @@ def norms_and_probes(number: int, shape: Shape) -> Method:
     return _read(shape, SquaredNorms(), Projected(GaussianProbes(number)))._replace(note="blocks of the probes kept")
 
 
+def all_streaming(shape: Shape) -> Method:
+    """What coherence, dispersion, stiffness by sketch and a width read together."""
+    sizes = {name: parameter.numel() for name, parameter in shape.model().named_parameters()}
+    sketch = Projected(parse_sketch("default:4096", seed=0).bind(sizes))
+    return _read(shape, SquaredNorms(), GradientSums(), sketch, Projected(GaussianProbes(64)), totals={})
+
+
+def unit_sums(shape: Shape) -> Method:
+    """What the cosine stiffness over all pairs reads: 1 / |g_i| is known when every layer has been seen."""
+    return _read(shape, SquaredNorms(), GradientSums(unit=True), totals={})._replace(note="two passes")
+
+
 def norms_and_regenerated_probes(number: int, shape: Shape) -> Method:
     """As where the probes are more than the memory budget of their blocks: nothing of them is kept between runs."""
     method = norms_and_probes(number, shape)
@@ -374,6 +386,8 @@ OURS: dict[str, Callable[[Shape], Method]] = {
     "gradscale: norms + sums + sketch, K=512": partial(norms_sums_and_sketch, 512),
     "gradscale: norms + sums + sketch, K=4096": partial(norms_sums_and_sketch, 4096),
     "gradscale: norms + 64 Gaussian probes": partial(norms_and_probes, 64),
+    "gradscale: norms + sums + sketch, K=4096 + 64 probes": all_streaming,
+    "gradscale: norms + sums of unit gradients": unit_sums,
     "gradscale: norms + 64 Gaussian probes, regenerated": partial(norms_and_regenerated_probes, 64),
     "gradscale: gradients, layer by layer": materialized,
 }

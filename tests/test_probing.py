@@ -648,6 +648,19 @@ def test_what_is_not_as_a_task_says_is_refused(fault: str, measure: Any, message
         measured(Wrong(fault=fault), measure)
 
 
+@dataclass(frozen=True)
+class WithOneTarget(Problem):
+    def targets(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return batch["y"].double()[:, None]
+
+
+def test_targets_that_are_not_of_the_outputs_shape_are_refused() -> None:
+    with pytest.raises(
+        GradscaleError, match=r"task.targets must return shape \(3, 3\), that of the outputs, got \(3, 1\)"
+    ):
+        measured(WithOneTarget(), TangentKernel(alignment=True))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -433,6 +434,13 @@ def test_runs_that_cannot_be_paired(two: tuple[gs.Run, gs.Run], tmp_path: Path) 
         gs.sign_stiffness(train, 0, other=other_weights)
     with pytest.raises(gs.GradscaleError, match=r"step must be one of \[0\] of .*, got 3"):
         gs.stiffness_between(*two, 3)
+
+
+def test_a_run_without_all_its_shards_has_no_stiffness_between(two: tuple[gs.Run, gs.Run], tmp_path: Path) -> None:
+    shutil.copytree(two[0].path, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "states")
+    with pytest.raises(gs.GradscaleError, match="must have all its shards at step 0, got some missing"):
+        gs.stiffness_between(gs.open_run(str(tmp_path / "run")), two[1], 0)
 
 
 # --- signs from sketches ----------------------------------------------------------------------------------------------
