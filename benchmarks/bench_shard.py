@@ -2,19 +2,18 @@
 
     python benchmarks/bench_shard.py [--threads 1] [--repetitions 7]
 
-The two are interleaved and the ratio is that of the medians. The models are the digits transformer and a GPT-2 of
+A shard of four microbatches; the two are interleaved, and the ratio is that of each measured pass to the plain one
+just before it: its median and quartiles. The models are the digits transformer and a GPT-2 of
 4 layers, width 256, T=128, tied head, random weights, float32.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from bench_gradients import Timing, machine, timed
 from torch import Tensor, nn
 
 from gradscale.measures.settings import parse_measures
@@ -23,12 +22,14 @@ from gradscale.run.shard import Subject, bound, load_batch, prepare, run_shard
 from gradscale.sketches import parse_sketch
 from gradscale.task import Batch, TensorExamples, load_task
 
+ALL = "coherence,dispersion,effective_gram,gaussian_width"
 READINGS = {
     "squared norms": ("", None),
     "norms + sums (coherence, dispersion)": ("coherence,dispersion", None),
     "norms + 64 Gaussian probes (width)": ("gaussian_width", None),
-    "all measures": ("coherence,dispersion,gaussian_width", None),
-    "all measures + dense sketch K=64": ("coherence,dispersion,gaussian_width", "gaussian:64"),
+    "all streaming measures": (ALL, None),
+    "all streaming measures + sketch K=4096": (ALL, "default:4096"),
+    "stiffness, exact over all pairs": ("stiffness", None),
 }
 
 
@@ -54,30 +55,25 @@ class SmallGPT2:
         return nn.functional.cross_entropy(logits.mT, batch["ids"][:, 1:], reduction="none").mean(dim=1)
 
 
-def plain(subject: Subject, ids: range) -> None:
+def plain(subject: Subject, ids: range, microbatch: int) -> None:
     """One ordinary training pass over the examples."""
-    subject.task.losses(subject.model, load_batch(subject, ids)).mean().backward()
-    subject.model.zero_grad(set_to_none=True)
+    for start in range(0, len(ids), microbatch):
+        subject.task.losses(subject.model, load_batch(subject, ids[start : start + microbatch])).mean().backward()
+        subject.model.zero_grad(set_to_none=True)
 
 
-def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def compare(subject: Subject, batch: int, measures: str, sketch: str | None, repetitions: int) -> tuple[float, float]:
-    """Median seconds of a plain pass and of a measured one over `batch` examples."""
-    ids = range(batch)
+def compare(subject: Subject, ids: range, microbatch: int, reading: str, repetitions: int) -> Timing:
+    """A plain pass over `ids`, in turn with a measured one."""
+    measures, sketch = READINGS[reading]
     needed = statistics_of(parse_measures(measures))
     mapped = bound(parse_sketch(sketch, seed=0) if sketch else None, subject)
 
     def measured() -> object:
-        return run_shard(subject, ids, 0, batch, needed, mapped)
+        return run_shard(subject, ids, 0, microbatch, needed, mapped)
 
-    plain(subject, ids), measured()
-    pairs = [(seconds(lambda: plain(subject, ids)), seconds(measured)) for _ in range(repetitions)]
-    return statistics.median(p for p, _ in pairs), statistics.median(m for _, m in pairs)
+    plain(subject, ids, microbatch), measured()
+    pairs = [(timed(lambda: plain(subject, ids, microbatch)), timed(measured)) for _ in range(repetitions)]
+    return Timing([p for p, _ in pairs], [m for _, m in pairs])
 
 
 def main() -> None:
@@ -86,13 +82,15 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     settings = parser.parse_args()
     torch.set_num_threads(settings.threads)
-    print(f"torch {torch.__version__}, {settings.threads} thread(s), median of {settings.repetitions} interleaved")
-    print(f"{'model':22} {'reading':40} {'plain ms':>9} {'measured ms':>12} {'ratio':>6}")
+    print(machine(settings.threads))
+    print(f"{'model':22} {'reading':40} {'CPU ratio':17} {'wall ratio':17} {'plain CPU ms':>12} {'CPU ms':>9}")
     for name, task, batch in (("digits ViT, B=32", load_task("digits"), 32), ("GPT-2 4x256, B=16", SmallGPT2(), 16)):
         subject = prepare(task, None, None)
-        for reading, (measures, sketch) in READINGS.items():
-            before, after = compare(subject, batch, measures, sketch, settings.repetitions)
-            print(f"{name:22} {reading:40} {before * 1e3:9.1f} {after * 1e3:12.1f} {after / before:6.2f}", flush=True)
+        for reading in READINGS:
+            timing = compare(subject, range(4 * batch), batch, reading, settings.repetitions)
+            before, after = timing.median_ms("cpu")
+            ratios = f"{timing.ratio('cpu'):17} {timing.ratio('wall'):17}"
+            print(f"{name:22} {reading:40} {ratios} {before:12.1f} {after:9.1f}", flush=True)
 
 
 if __name__ == "__main__":
