@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
+    from gradscale.run.covariance_spectrum import covariance_spectrum as covariance_spectrum
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
     from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
+    from gradscale.run.tangent_spectrum import tangent_spectrum as tangent_spectrum
     from gradscale.run.two_runs import stiffness_between as stiffness_between
     from gradscale.run.widths import tuple_width as tuple_width
     from gradscale.run.widths import width as width
@@ -67,11 +69,13 @@ _HOMES = {
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
     "batch_coherence": "gradscale.run.batch_gradients",
+    "covariance_spectrum": "gradscale.run.covariance_spectrum",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
     "sign_stiffness": "gradscale.run.sign_stiffness",
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
+    "tangent_spectrum": "gradscale.run.tangent_spectrum",
     "stiffness_between": "gradscale.run.two_runs",
     "tuple_width": "gradscale.run.widths",
     "width": "gradscale.run.widths",
