@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
+    from gradscale.run.covariance_spectrum import covariance_spectrum as covariance_spectrum
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
     from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
     from gradscale.run.stiffness_between import stiffness_between as stiffness_between
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
+    from gradscale.run.tangent_spectrum import tangent_spectrum as tangent_spectrum
     from gradscale.run.widths import tuple_width as tuple_width
     from gradscale.run.widths import width as width
     from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
@@ -67,12 +69,14 @@ _HOMES = {
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
     "batch_coherence": "gradscale.run.batch_gradients",
+    "covariance_spectrum": "gradscale.run.covariance_spectrum",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
     "sign_stiffness": "gradscale.run.sign_stiffness",
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
     "stiffness_between": "gradscale.run.stiffness_between",
+    "tangent_spectrum": "gradscale.run.tangent_spectrum",
     "tuple_width": "gradscale.run.widths",
     "width": "gradscale.run.widths",
     "GaussianSketch": "gradscale.sketches.gaussian",

@@ -45,6 +45,8 @@ class Task(Protocol):
       `outputs_of(model, inputs(model, batch), batch)` is `outputs(model, batch)`. Geometric complexity.
     - `input_vectors(model, batch) -> [B, d]`, where examples lie in input space (pixels, the mean embedding of a
       sequence): stiffness against distance.
+    - `losses_of(outputs, batch) -> [B]`, the losses as a function of the outputs: `gs.tangent_spectrum`. Without it,
+      what the model returns is held fixed, which serves where the outputs are entries of that.
     - `targets(batch) -> [B, C]`, what the outputs are fitted to: alignment. Without it, the labels one-hot.
 
     The batch of `labels` is on the host; that of the others is on the model's device.
