@@ -27,12 +27,17 @@ if TYPE_CHECKING:
     from gradscale.measures.sharpness import Sharpness as Sharpness
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
+    from gradscale.measures.worst_case import WorstCase as WorstCase
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
     from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
+    from gradscale.run.trajectory import feature_norms as feature_norms
+    from gradscale.run.trajectory import path_complexity as path_complexity
+    from gradscale.run.trajectory_bounds import rademacher_bound as rademacher_bound
+    from gradscale.run.trajectory_domination import gradient_domination as gradient_domination
     from gradscale.run.two_runs import stiffness_between as stiffness_between
     from gradscale.run.widths import tuple_width as tuple_width
     from gradscale.run.widths import width as width
@@ -66,12 +71,17 @@ _HOMES = {
     "Sensitivity": "gradscale.measures.sensitivity",
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
+    "WorstCase": "gradscale.measures.worst_case",
     "batch_coherence": "gradscale.run.batch_gradients",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
     "sign_stiffness": "gradscale.run.sign_stiffness",
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
+    "feature_norms": "gradscale.run.trajectory",
+    "path_complexity": "gradscale.run.trajectory",
+    "rademacher_bound": "gradscale.run.trajectory_bounds",
+    "gradient_domination": "gradscale.run.trajectory_domination",
     "stiffness_between": "gradscale.run.two_runs",
     "tuple_width": "gradscale.run.widths",
     "width": "gradscale.run.widths",
