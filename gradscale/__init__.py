@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from gradscale.measures.sharpness import Sharpness as Sharpness
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
+    from gradscale.measures.worst_case import WorstCase as WorstCase
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
     from gradscale.run.covariance_spectrum import covariance_spectrum as covariance_spectrum
     from gradscale.run.features import featurizer_width as featurizer_width
@@ -36,6 +37,10 @@ if TYPE_CHECKING:
     from gradscale.run.stiffness_between import stiffness_between as stiffness_between
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
     from gradscale.run.tangent_spectrum import tangent_spectrum as tangent_spectrum
+    from gradscale.run.trajectory import feature_norms as feature_norms
+    from gradscale.run.trajectory import path_complexity as path_complexity
+    from gradscale.run.trajectory_bounds import rademacher_bound as rademacher_bound
+    from gradscale.run.trajectory_domination import gradient_domination as gradient_domination
     from gradscale.run.widths import tuple_width as tuple_width
     from gradscale.run.widths import width as width
     from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
@@ -68,6 +73,7 @@ _HOMES = {
     "Sensitivity": "gradscale.measures.sensitivity",
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
+    "WorstCase": "gradscale.measures.worst_case",
     "batch_coherence": "gradscale.run.batch_gradients",
     "covariance_spectrum": "gradscale.run.covariance_spectrum",
     "featurizer_width": "gradscale.run.features",
@@ -77,6 +83,10 @@ _HOMES = {
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
     "stiffness_between": "gradscale.run.stiffness_between",
     "tangent_spectrum": "gradscale.run.tangent_spectrum",
+    "feature_norms": "gradscale.run.trajectory",
+    "path_complexity": "gradscale.run.trajectory",
+    "rademacher_bound": "gradscale.run.trajectory_bounds",
+    "gradient_domination": "gradscale.run.trajectory_domination",
     "tuple_width": "gradscale.run.widths",
     "width": "gradscale.run.widths",
     "GaussianSketch": "gradscale.sketches.gaussian",

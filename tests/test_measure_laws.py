@@ -32,7 +32,7 @@ from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.geometric_complexity import GeometricComplexity
 from gradscale.measures.measure import Estimate, Gathering, Measure, MicroBatch, OverSteps, Statistic, statistic_of
 from gradscale.measures.moments import MomentsStatistic
-from gradscale.measures.perturbation import draws_of
+from gradscale.measures.perturbation import BatchMeans, draws_of
 from gradscale.measures.probe_means import means_of
 from gradscale.measures.sensitivity import Sensitivity, SensitivityState
 from gradscale.measures.settings import parse_measures
@@ -40,6 +40,7 @@ from gradscale.measures.sharpness import AscentState, Sharpness
 from gradscale.measures.tangent_kernel import TangentKernel
 from gradscale.measures.tangent_passes import TangentState
 from gradscale.measures.unit_sums import UnitSumsStatistic
+from gradscale.measures.worst_case import WorstCase
 from gradscale.run.fold import flatten, statistics_of, unflatten
 from gradscale.sketches.gaussian import GaussianProbes
 from gradscale.store.store import decode_states, encode_states
@@ -49,7 +50,13 @@ NAMES = list(SHAPES)
 P = sum(SHAPES.values())
 PROBES = 5
 MIN_NORM = 8.0  # about the median of `Data.random`
-BESIDE = (GeometricComplexity(3), TangentKernel(2, alignment=True), Sensitivity(num_draws=2), Sharpness(num_draws=2))
+BESIDE = (
+    GeometricComplexity(3),
+    TangentKernel(2, alignment=True),
+    Sensitivity(num_draws=2),
+    Sharpness(num_draws=2),
+    WorstCase(num_steps=2),
+)
 STATISTICS: list[Statistic[Any]] = [
     MomentsStatistic(),
     MomentsStatistic(by_class=True),
@@ -61,7 +68,7 @@ STATISTICS: list[Statistic[Any]] = [
 ]
 EXACT = (  # sums of integers, exact sums, and maxima
     *("counts", "zeros", "examples", "largest", "smallest", "total"),
-    *("totals", "ascent_batches", "ascent_totals"),
+    *("totals", "batches", "ascent_batches", "ascent_totals"),
 )
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -645,7 +652,7 @@ def with_beside(batch: MicroBatch) -> MicroBatch:
 
 def gathered_of(grads: Tensor) -> dict[Gathering[Any], Any]:
     """What stands in for that of a microbatch with these gradients; none of several fields is that of another."""
-    _, tangent, sensitivity, sharpness = BESIDE
+    _, tangent, sensitivity, sharpness, worst_case = BESIDE
     means, draws = means_of(grads[:, 3:6].square()), draws_of(grads[:, 4:6])
     sums = {f"{vector}|a": factor * grads.sum(dim=0) for vector, factor in (("target", 1.0), ("probe:0000", 2.0))}
     half = torch.arange(len(grads)) % 2
@@ -657,6 +664,7 @@ def gathered_of(grads: Tensor) -> dict[Gathering[Any], Any]:
         ),
         sensitivity.gathering: SensitivityState(*draws, torch.bincount(half, minlength=2), sums),
         sharpness.gathering: AscentState(batches, ascents, torch.tensor(1.0, dtype=torch.float64)),
+        worst_case.gathering: BatchMeans(batches, ascents),
     }
 
 

@@ -12,9 +12,10 @@ from gradscale.measures.sensitivity import Sensitivity
 from gradscale.measures.sharpness import Sharpness
 from gradscale.measures.stiffness import Stiffness
 from gradscale.measures.tangent_kernel import TangentKernel
+from gradscale.measures.worst_case import WorstCase
 
 _Gradients = Coherence | Dispersion | EffectiveGram | GaussianWidth | Stiffness
-_Beside = FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel
+_Beside = FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel | WorstCase
 
 MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "coherence": Coherence,
@@ -27,4 +28,5 @@ MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "tangent_kernel": TangentKernel,
     "sensitivity": Sensitivity,
     "sharpness": Sharpness,
+    "worst_case": WorstCase,
 }

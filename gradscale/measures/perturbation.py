@@ -1,4 +1,4 @@
-"""The model at weights near its own: moved, read, and put back bit for bit.
+"""The model at weights near its own: moved, read, and put back bit for bit; and means of what is read there.
 
 Shapes: B examples, N draws, D digits of an exact sum, P entries of one parameter.
 """
@@ -6,7 +6,7 @@ Shapes: B examples, N draws, D digits of an exact sum, P entries of one paramete
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from gradscale.errors import GradscaleError
 from gradscale.grads.subject import Subject
 from gradscale.measures.exact_sum import add_totals, total_of, value_of, zero_total
+from gradscale.measures.probe_means import error_of_mean
 from gradscale.sketches.dimensions import check_dim
-from gradscale.sketches.gaussian import GaussianProbes
+from gradscale.sketches.gaussian import TOGETHER, GaussianProbes
 from gradscale.task import Batch
-
-_TOGETHER = 4  # draws: a call of Philox gives four numbers
 
 Change = Callable[[str, nn.Parameter], Tensor]  # what is added to a parameter, of its shape and dtype
 
@@ -45,9 +44,9 @@ class GaussianNoise:
 
     def of(self, draw: int) -> Change:
         def change(name: str, parameter: nn.Parameter) -> Tensor:
-            first = draw - draw % _TOGETHER
+            first = draw - draw % TOGETHER
             normals = GaussianProbes(self.num_draws, self.seed).columns(
-                f"perturbation/{name}", first, first + _TOGETHER, parameter.numel(), parameter.device
+                f"perturbation/{name}", first, first + TOGETHER, parameter.numel(), parameter.device
             )
             noise = self.sigma * normals[:, draw - first].reshape(parameter.shape).to(parameter.dtype)
             return noise * parameter.detach().abs() if self.adaptive else noise
@@ -116,5 +115,65 @@ def mean_of_draws(state: DrawMeans) -> tuple[float, float]:
     value = float(by_draw.mean())
     if n < 2 or len(by_draw) < 2:
         return value, math.nan
-    over_examples = max(0.0, squares - n * value * value) / (n - 1) / n
-    return value, math.sqrt(float(by_draw.var()) / len(by_draw) + over_examples)
+    over_draws = math.sqrt(float(by_draw.var()) / len(by_draw))
+    return value, math.hypot(over_draws, error_of_mean(n * value, squares, n))
+
+
+def gradient_of(subject: Subject, batch: Batch, keep: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss, [] float64, of the examples for which `keep` [B] holds, and its gradient by parameter."""
+    with torch.enable_grad():
+        loss = subject.task.losses(subject.model, batch)[keep].mean()
+        found = torch.autograd.grad(loss, list(subject.parameters.values()), allow_unused=True, materialize_grads=True)
+    return loss.detach().double(), dict(zip(subject.parameters, found, strict=True))
+
+
+def norm_of(parts: Iterable[Tensor]) -> float:
+    """Of the parts as one vector, in float64."""
+    return math.sqrt(sum(float(part.double().square().sum()) for part in parts))
+
+
+class BatchMeans(NamedTuple):
+    """Exact sums of a number d of every microbatch and of d^2, by the number of its examples, which d depends on."""
+
+    batches: Mapping[str, Tensor]  # [] int64
+    totals: Mapping[str, Tensor]  # [2, D], see `exact_sum`
+
+
+class BatchMean(NamedTuple):
+    """Over the `batches` microbatches of `size` examples, the largest that there is."""
+
+    value: float
+    stderr: float  # over batches; NaN of one
+    batches: int
+    size: int
+
+
+def no_batches() -> BatchMeans:
+    return BatchMeans({}, {})
+
+
+def batch_of(d: Tensor, size: int) -> BatchMeans:
+    """Of one microbatch, left out if its d [] is not finite."""
+    value = d.detach().double().cpu()
+    if not bool(value.isfinite()):
+        return no_batches()
+    key = f"{size:06d}"
+    return BatchMeans({key: torch.tensor(1)}, {key: total_of(torch.stack([value, value.square()])[None])})
+
+
+def add_batches(left: BatchMeans, right: BatchMeans) -> BatchMeans:
+    batches, totals = {**left.batches}, {**left.totals}
+    for size, count in right.batches.items():
+        there = size in batches
+        batches[size] = batches[size] + count if there else count
+        totals[size] = add_totals(totals[size], right.totals[size]) if there else right.totals[size]
+    return BatchMeans(batches, totals)
+
+
+def mean_of_batches(state: BatchMeans) -> BatchMean:
+    if not state.batches:
+        return BatchMean(math.nan, math.nan, 0, 0)
+    size = max(state.batches)
+    count = int(state.batches[size])
+    total, squares = value_of(state.totals[size]).tolist()
+    return BatchMean(total / count, error_of_mean(total, squares, count), count, int(size))

@@ -56,5 +56,9 @@ def means(state: ProbeMeans, probes: int) -> Means:
     if not n:
         return Means(math.nan, math.nan, math.nan, 0)
     x, squares, w = value_of(state.totals).tolist()
-    spread = math.sqrt(max(0.0, squares - x * x / n) / (n - 1) / n) if n > 1 else math.nan
-    return Means(x / n, spread, math.sqrt(w) / n if probes > 1 else math.nan, n)
+    return Means(x / n, error_of_mean(x, squares, n), math.sqrt(w) / n if probes > 1 else math.nan, n)
+
+
+def error_of_mean(total: float, squares: float, n: int) -> float:
+    """The standard error s / sqrt(n) of the mean of n numbers, from their sum and that of their squares; NaN of one."""
+    return math.sqrt(max(0.0, squares - total * total / n) / (n - 1) / n) if n > 1 else math.nan

@@ -15,17 +15,23 @@ from torch import Tensor, nn
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.subject import Subject
-from gradscale.measures.exact_sum import add_totals, total_of, value_of
 from gradscale.measures.measure import Estimate, Estimates, Gathering, MicroBatch, Observation
 from gradscale.measures.perturbation import (
+    BatchMeans,
     DrawMeans,
     GaussianNoise,
+    add_batches,
     add_draws,
+    batch_of,
     draws_of,
+    gradient_of,
     losses_at,
+    mean_of_batches,
     mean_of_draws,
     moved,
+    no_batches,
     no_draws,
+    norm_of,
 )
 from gradscale.task import Batch
 
@@ -51,10 +57,10 @@ class LossChanges:
 
 
 class AscentState(NamedTuple):
-    """Of microbatches by their number of examples: how many, and exact sums of d and d^2; and |w|^2."""
+    """A `BatchMeans` of the changes d, and |w|^2."""
 
-    batches: Mapping[str, Tensor]  # [] int64
-    totals: Mapping[str, Tensor]  # [2, D]
+    batches: Mapping[str, Tensor]
+    totals: Mapping[str, Tensor]
     weights: Tensor  # [] float64
 
 
@@ -62,42 +68,39 @@ class AscentState(NamedTuple):
 class BatchAscent:
     """d = L(w + rho g / |g|) - L(w), L the mean loss of a microbatch and g its gradient; 0 where g is.
 
-    It depends on the batch, by definition. Cost: two forward passes and a backward pass.
+    With `adaptive`, d = L(w + rho w^2 g / ||w| g|) - L(w), products entry by entry. It depends on the batch, by
+    definition. Cost: two forward passes and a backward pass.
     """
 
     rho: float
+    adaptive: bool = False
 
     cost = "two forward passes and a backward pass of every microbatch"
 
     def gather(self, subject: Subject, batch: Batch, ids: range, keep: Tensor) -> AscentState:
-        weights = torch.stack([p.detach().double().square().sum() for p in subject.parameters.values()]).sum().cpu()
+        norm = norm_of(parameter.detach() for parameter in subject.parameters.values())
+        weights = torch.tensor(norm**2, dtype=torch.float64)
         if not bool(keep.any()):
-            return AscentState({}, {}, weights)
-        with torch.enable_grad():
-            before = subject.task.losses(subject.model, batch)[keep].mean()
-            found = torch.autograd.grad(before, list(subject.parameters.values()), allow_unused=True)
-        grads = {name: g for name, g in zip(subject.parameters, found, strict=True) if g is not None}
-        norm = torch.stack([g.double().square().sum() for g in grads.values()]).sum().sqrt()
-        scale = float(self.rho / norm) if float(norm) > 0 else 0.0
+            return AscentState(*no_batches(), weights)
+        before, grads = gradient_of(subject, batch, keep)
+        if self.adaptive:
+            grads = {name: g * subject.parameters[name].detach().abs() for name, g in grads.items()}
+        length = norm_of(grads.values())
+        if not math.isfinite(length):
+            return AscentState(*no_batches(), weights)
+        scale = self.rho / length if length > 0 else 0.0
 
         def ascent(name: str, parameter: nn.Parameter) -> Tensor:
-            return scale * grads[name] if name in grads else torch.zeros_like(parameter)
+            step = scale * grads[name]
+            return step * parameter.detach().abs() if self.adaptive else step
 
         with moved(subject.parameters, ascent):
             after = losses_at(subject, batch)[keep].mean()
-        d = (after - before.detach().double()).cpu()
-        if not bool(d.isfinite()):
-            return AscentState({}, {}, weights)
-        size = f"{int(keep.sum()):06d}"
-        return AscentState({size: torch.tensor(1)}, {size: total_of(torch.stack([d, d.square()])[None])}, weights)
+        return AscentState(*batch_of(after - before, int(keep.sum())), weights)
 
     def merge(self, left: AscentState, right: AscentState) -> AscentState:
-        batches, totals = {**left.batches}, {**left.totals}
-        for size, count in right.batches.items():
-            there = size in batches
-            batches[size] = batches[size] + count if there else count
-            totals[size] = add_totals(totals[size], right.totals[size]) if there else right.totals[size]
-        return AscentState(batches, totals, torch.maximum(left.weights, right.weights))
+        batches = add_batches(BatchMeans(*left[:2]), BatchMeans(*right[:2]))
+        return AscentState(*batches, torch.maximum(left.weights, right.weights))
 
 
 class SharpnessState(NamedTuple):
@@ -114,18 +117,21 @@ class SharpnessState(NamedTuple):
 class Sharpness:
     """`average` E L(w + xi) - L(w), xi ~ N(0, sigma^2 I), and `sam` L_B(w + rho g_B / |g_B|) - L_B(w) on batches B.
 
-    With `adaptive`, xi is scaled entry by entry by |w|. `average`: N draws, the same for all examples; standard error
+    With `adaptive`, xi is scaled entry by entry by |w|, and `asam` L_B(w + rho w^2 g_B / ||w| g_B|) - L_B(w) takes the
+    place of `sam`: neither changes under a rescaling of the weights that leaves the function as it is (Dinh et al.
+    2017, arXiv 1703.04933), as all others do; the exact `weight_norm` |w| of the measured parameters stands beside
+    them. The worst case in a ball is the measure `worst_case`.
+
+    `average`: N draws, the same for all examples; standard error
     over draws and examples (NaN for N = 1); about sigma^2 tr H / 2, exactly on a quadratic. `sam`: on the microbatches
     of the run, whose size m is part of the definition (`sam/m=32/...`), since small batches have larger gradients:
     those with m finite examples, m the largest there is; n counts them, standard error over them. On a quadratic it is
-    rho |g| + rho^2 g^T H g / (2 |g|^2). `weight_norm` |w| of the measured parameters, exact, stands beside them: a
-    rescaling that leaves the function as it is (Dinh et al. 2017, arXiv 1703.04933) changes all but the adaptive.
-
-    The epsilon-sharpness of a projected ascent is not measured. Take sigma and rho so that changes stand out from the
+    rho |g| + rho^2 g^T H g / (2 |g|^2). `asam` has the same form, and rho |D g| + rho^2 (D^2 g)^T H D^2 g / (2 |D g|^2)
+    with D = diag |w|. Take sigma and rho so that changes stand out from the
     rounding of the losses' dtype. Cost: 3 + N forward passes and a backward pass; state 32 N numbers. The weights are
     put back bit for bit.
-    Source: Foret et al. (2021), arXiv 2010.01412, equation 2 (sam); Andriushchenko et al. (2023), arXiv 2302.07011
-    (average and adaptive).
+    Source: Foret et al. (2021), arXiv 2010.01412, equation 2 (sam); Kwon et al. (2021), arXiv 2102.11600
+    (asam); Andriushchenko et al. (2023), arXiv 2302.07011 (average and adaptive).
     """
 
     sigma: float = 0.01
@@ -154,10 +160,10 @@ class Sharpness:
 
     @property
     def gathering(self) -> BatchAscent:
-        return BatchAscent(self.rho)
+        return BatchAscent(self.rho, self.adaptive)
 
     def init(self) -> SharpnessState:
-        return _state(no_draws(self.num_draws), AscentState({}, {}, torch.zeros((), dtype=torch.float64)))
+        return _state(no_draws(self.num_draws), AscentState(*no_batches(), torch.zeros((), dtype=torch.float64)))
 
     def update(self, state: SharpnessState, batch: MicroBatch) -> SharpnessState:
         draws = draws_of(batch.observations[self.observation])
@@ -169,26 +175,16 @@ class Sharpness:
         return _state(draws, self.gathering.merge(AscentState(*left[2:]), AscentState(*right[2:])))
 
     def compute(self, state: SharpnessState) -> Estimates:
-        n, kind = int(state.examples), "adaptive" if self.adaptive else "plain"
+        n, kind, step = int(state.examples), *(("adaptive", "asam") if self.adaptive else ("plain", "sam"))
         average = mean_of_draws(DrawMeans(*state[:2]))
         definition = f"{self.name}/average/{kind}/sigma={self.sigma:g}/v1"
-        norm = math.sqrt(float(state.weights))
+        ascent, norm = mean_of_batches(BatchMeans(*state[2:4])), math.sqrt(float(state.weights))
+        on_batches = f"{self.name}/{step}/m={ascent.size}/rho={self.rho:g}/v1"
         return {
             ("average", "all"): Estimate(*average, n, "estimator", definition, UNIT),
-            ("sam", "all"): self._sam(state),
+            (step, "all"): Estimate(ascent.value, ascent.stderr, ascent.batches, "estimator", on_batches, UNIT),
             ("weight_norm", "all"): Estimate(norm, None, n, "identity", "sharpness/weight_norm/v1", "parameter units"),
         }
-
-    def _sam(self, state: SharpnessState) -> Estimate:
-        definition = f"{self.name}/sam/m={{}}/rho={self.rho:g}/v1"
-        if not state.ascent_batches:
-            return Estimate(math.nan, math.nan, 0, "estimator", definition.format(0), UNIT)
-        size = max(state.ascent_batches)
-        count = int(state.ascent_batches[size])
-        total, squares = value_of(state.ascent_totals[size]).tolist()
-        spread = max(0.0, squares - total * total / count)
-        error = math.sqrt(spread / (count - 1) / count) if count > 1 else math.nan
-        return Estimate(total / count, error, count, "estimator", definition.format(int(size)), UNIT)
 
 
 def _state(draws: DrawMeans, ascent: AscentState) -> SharpnessState:

@@ -22,10 +22,9 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.readings import Projected, Reading
 from gradscale.grads.subject import Subject
 from gradscale.grads.waiting import sent
-from gradscale.sketches.gaussian import GaussianProbes
+from gradscale.sketches.gaussian import TOGETHER, GaussianProbes
 from gradscale.task import Batch
 
-TOGETHER = 4  # probes held at a time: a call of Philox gives as many numbers
 _MISSING = ("forward ad", "forward mode", "jvp")  # in torch's messages about a derivative that it lacks
 _REMEDY = "take the products from the backward pass: --probe-products backward"
 

@@ -24,11 +24,11 @@ from gradscale.grads.readings import Projected
 from gradscale.grads.subject import Subject, read_batch
 from gradscale.grads.sweep import Request, read
 from gradscale.measures.measure import Statistic
-from gradscale.run.forward import TOGETHER, differentiable_attention, forward_products, probes_in
+from gradscale.run.forward import differentiable_attention, forward_products, probes_in
 from gradscale.run.memory import is_out_of_memory
 from gradscale.run.shard import load_batch, needs_of
 from gradscale.sketches.blocks import entries_kept
-from gradscale.sketches.gaussian import GaussianProbes
+from gradscale.sketches.gaussian import TOGETHER, GaussianProbes
 
 WAYS = ("auto", "backward", "forward")
 _EXAMPLES = 4

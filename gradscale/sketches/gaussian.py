@@ -21,6 +21,7 @@ from gradscale.sketches.dimensions import check_dim, check_fits
 from gradscale.sketches.philox import Key, key_of, normals
 
 VERSION = 1
+TOGETHER = 4  # columns made at a time: a call of Philox gives as many numbers
 
 
 @dataclass(frozen=True)
