@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
+    from gradscale.run.leave_out import LeaveOutGap as LeaveOutGap
+    from gradscale.run.leave_out import leave_out_gap as leave_out_gap
     from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
     from gradscale.run.stiffness_between import stiffness_between as stiffness_between
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
@@ -79,6 +81,8 @@ _HOMES = {
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
+    "LeaveOutGap": "gradscale.run.leave_out",
+    "leave_out_gap": "gradscale.run.leave_out",
     "sign_stiffness": "gradscale.run.sign_stiffness",
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
     "stiffness_between": "gradscale.run.stiffness_between",
