@@ -104,3 +104,16 @@ def _use_token() -> None:
     """Ray 2.60 asks for a token where it wrote one, but its clients send it only when told to."""
     if (Path.home() / ".ray" / "auth_token").exists():
         os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def pickled(job: object) -> bytes:
+    """`job` for the workers of a cluster. Raises: GradscaleError if it cannot be pickled."""
+    import ray
+
+    try:
+        return bytes(ray.cloudpickle.dumps(job))
+    except Exception as error:  # whatever an object's __reduce__ raises
+        raise GradscaleError(
+            f"task must be picklable, got {type(error).__name__}: {error}; open files and connections, and make locks, "
+            "where they are used, or name the task as module:attribute of a class"
+        ) from error

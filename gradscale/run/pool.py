@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gradscale.errors import GradscaleError, OutOfMemory
-from gradscale.run.cluster import Resources
+from gradscale.run.cluster import Resources, pickled
 from gradscale.run.memory import memory_message
 from gradscale.run.worker import Job, Worker
 
@@ -46,8 +46,8 @@ class Pool:
         actor = ray.remote(Worker).options(
             num_cpus=resources.threads, num_gpus=resources.gpus, max_restarts=-1, max_task_retries=0
         )
-        pickled = _pickled(job)
-        self._job = pickled if len(pickled) < _INLINE_BYTES else ray.put(pickled)  # held: actors restart from it
+        shipped = pickled(job)
+        self._job = shipped if len(shipped) < _INLINE_BYTES else ray.put(shipped)  # held: actors restart from it
         path = [str(Path(entry).resolve()) for entry in sys.path]
         self._actors: list[Any] = [actor.remote(self._job, path, os.getcwd()) for _ in range(workers)]
         self._microbatch = job.microbatch
@@ -182,15 +182,3 @@ def _short(error: Exception) -> str:
     """The last line of Ray's long messages that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
-
-
-def _pickled(job: Job) -> bytes:
-    import ray
-
-    try:
-        return bytes(ray.cloudpickle.dumps(job))
-    except Exception as error:  # whatever an object's __reduce__ raises
-        raise GradscaleError(
-            f"task must be picklable, got {type(error).__name__}: {error}; open files and connections, and make locks, "
-            "where they are used, or name the task as module:attribute of a class"
-        ) from error

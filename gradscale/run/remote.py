@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from gradscale.errors import GradscaleError
-from gradscale.run.cluster import Resources
+from gradscale.run.cluster import Resources, pickled
 
 _DEATHS = 3  # further starts of a task whose process died
 
@@ -51,7 +51,7 @@ def run_tasks(
     import ray
 
     remote = ray.remote(_call).options(num_cpus=resources.threads, num_gpus=resources.gpus, max_retries=_DEATHS)
-    shipped = ray.put(_pickled(job))
+    shipped = ray.put(pickled(job))
     place = _Place([str(Path(entry).resolve()) for entry in sys.path], os.getcwd(), resources.threads)
     waiting, running = deque(items), dict[Any, Item]()
     failed: Exception | None = None
@@ -90,15 +90,3 @@ def _died(item: object, error: Exception) -> GradscaleError:
         f"a task must outlive its item, got {_DEATHS + 1} processes that died of {item}, perhaps killed for memory "
         f"({str(error).splitlines()[0]}); give it more memory, or a smaller problem"
     )
-
-
-def _pickled(job: object) -> bytes:
-    import ray
-
-    try:
-        return bytes(ray.cloudpickle.dumps(job))
-    except Exception as error:  # whatever an object's __reduce__ raises
-        raise GradscaleError(
-            f"task must be picklable, got {type(error).__name__}: {error}; open files and connections, and make locks, "
-            "where they are used, or name the task as module:attribute of a class"
-        ) from error
