@@ -5,6 +5,7 @@ Shapes: J blocks, n examples, P entries, N probes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ from torch import Tensor
 
 import gradscale as gs
 from gradscale.errors import GradscaleError
-from gradscale.grads.readings import Projected
-from gradscale.measures.identities import Recorded, check_moments, check_products
+from gradscale.grads.readings import GradientSums, Projected
+from gradscale.measures.identities import Recorded, check_moments, check_products, check_sums
 from gradscale.measures.measure import MicroBatch
 from gradscale.measures.moments import MomentsState, MomentsStatistic
 from gradscale.run.fold import estimate_step
@@ -194,3 +195,64 @@ def test_a_shard_with_wrong_products_raises(monkeypatch: pytest.MonkeyPatch) -> 
         run_shard(subject, range(8), 0, 4, [gs.GaussianWidth(64)], None, forward=True)
     monkeypatch.undo()
     run_shard(subject, range(8), 0, 4, [gs.GaussianWidth(64)], None, forward=True)
+
+
+# --- sums of products -------------------------------------------------------------------------------------------------
+
+
+def with_sums(grads: np.ndarray[Any, Any], N: int, seed: int) -> MicroBatch:
+    """A microbatch of these gradients [n, P], their products and their sum."""
+    batch = with_products(grads, N, seed)
+    return batch._replace(sums={GradientSums(): {None: {"w": torch.from_numpy(grads).sum(dim=0)}}})
+
+
+@pytest.mark.parametrize("N", [1, 3, 64])
+@pytest.mark.parametrize("length", [0.0, 1e-30, 1.0, 1e100])
+def test_sums_of_products_of_a_sound_run_are_those_of_the_sum(N: int, length: float) -> None:
+    grads = length * np.random.default_rng(2).standard_normal((50, 30))
+    check_sums(with_sums(grads, N, 1), range(50), 1e-16)
+    check_sums(with_products(grads, N, 1), range(50), 1e-16)  # no sums, nothing to hold
+    check_sums(with_sums(grads[:0], N, 1), range(0), 1e-16)
+
+
+@pytest.mark.parametrize("error", [1e-4, 1.0, np.nan])
+@pytest.mark.parametrize("side", ["products", "sums"])
+def test_sums_of_products_that_are_off_raise(side: str, error: float) -> None:
+    """By what no comparison of squares over examples and probes would see."""
+    batch = with_sums(np.random.default_rng(2).standard_normal((8, 30)), 64, 1)
+    (reading,) = batch.projections
+    if side == "products":
+        products = batch.projections[reading].clone()
+        products[3, 1] += error
+        batch = batch._replace(projections={reading: products})
+    else:
+        batch.sums[GradientSums()][None]["w"][5] += error
+    message = r"sum_i <g_i, v_j> = <sum_i g_i, v_j> must hold for examples 8 to 15 to .*expected .* of probe \d, got "
+    with pytest.raises(GradscaleError, match=message):
+        check_sums(batch, range(8, 16), 1e-16)
+
+
+def test_sums_in_float32_may_be_of_factors_in_half_precision() -> None:
+    batch = with_sums(np.random.default_rng(2).standard_normal((8, 30)), 64, 1)
+    batch.sums[GradientSums()][None]["w"][:] *= 1 + 2.0**-9
+    check_sums(batch, range(8), torch.finfo(torch.float32).eps)
+    with pytest.raises(GradscaleError, match=r"must hold for examples 0 to 7"):
+        check_sums(batch, range(8), torch.finfo(torch.float64).eps)
+
+
+def test_a_forward_mode_that_loses_a_parameter_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bias whose tangent is cut: its share of the squares is too small to be seen by the norms."""
+    from gradscale.run import shard
+
+    true = shard.forward_products
+
+    def without_bias(subject: Any, *given: Any) -> Tensor:
+        kept = {name: p for name, p in subject.parameters.items() if name != "2.bias"}
+        return true(dataclasses.replace(subject, parameters=kept), *given)
+
+    monkeypatch.setattr(shard, "forward_products", without_bias)
+    subject = prepare(Regression(), None, None)
+    with pytest.raises(GradscaleError, match=r"sum_i <g_i, v_j> = <sum_i g_i, v_j> must hold for examples 0 to 7"):
+        run_shard(subject, range(8), 0, 4, [gs.GaussianWidth(4), STATISTIC], None, forward=True)
+    monkeypatch.undo()
+    run_shard(subject, range(8), 0, 4, [gs.GaussianWidth(4), STATISTIC], None, forward=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.readings import GradientSums
 from gradscale.measures.coherence import alpha
 from gradscale.measures.measure import MicroBatch
 from gradscale.measures.moments import Moments, MomentsState, block_sums, moments
@@ -23,6 +24,8 @@ from gradscale.sketches.gaussian import GaussianProbes
 
 SIGMAS = 8  # of what chance may do to products with probes
 _FLOOR = 1e-28  # squared norms below it, of float32 gradients, may have lost entries whose squares are zero in it
+_TOGETHER = 4  # probes that sums are held to: a call of Philox gives as many numbers
+_ENTRIES = 1 << 22  # of a parameter that are widened at a time
 _NARROW = 1e-2  # by which |S|^2 <= n Q may be off: sums in float32 or of half-precision factors are rounded
 
 
@@ -105,6 +108,43 @@ def check_products(batch: MicroBatch, ids: range) -> None:
                 f"{SIGMAS} standard deviations, expected a sum of {float(exact):.6g} over examples, got "
                 f"{ratio * float(exact):.6g} over {N} probes; the products or the norms are wrong: try the other of "
                 "--probe-products forward and backward, and report it"
+            )
+
+
+def check_sums(batch: MicroBatch, ids: range, eps: float) -> None:
+    """Hold the products <g_i, v_j> with Gaussian probes to the sum of gradients: sum_i <g_i, v_j> = <sum_i g_i, v_j>.
+
+    The two sides share no code from the loss on if the products come from forward mode: with v = mean g it would be
+    mean_i <g_i, mean g> = |mean g|^2, for which the mean would have to be known before a pass; along the probes it
+    costs none. The first four of them are taken: 4 P products, and as many normals where they are not kept.
+
+    Tolerance: 4 sqrt(eps) sum_i |g_i|, `eps` that of the parameters' type, as forward mode is held to before a run;
+    of types narrower than float64 at least 1e-2 sum_i |g_i|, since their sums may be of half-precision factors; and
+    1e-14 an example, see `check_products`. Nothing is asked where the sums are not read.
+    Raises: GradscaleError naming the identity, the examples, what was expected and what was found.
+    """
+    sums = batch.sums.get(GradientSums())
+    if sums is None or not len(batch.ids):
+        return
+    norms = batch.sq_norms.sum(dim=1).sqrt()
+    relative = max(4 * math.sqrt(eps), _NARROW if eps > torch.finfo(torch.float64).eps else 0.0)
+    allowed = relative * float(norms.sum()) + math.sqrt(_FLOOR) * len(norms)
+    for reading, products in batch.projections.items():
+        if not isinstance(reading.map, GaussianProbes):
+            continue
+        found = products[:, :_TOGETHER].sum(dim=0)
+        expected = torch.zeros_like(found)
+        for name, total in sums[None].items():
+            columns = reading.map.columns(name, 0, len(found), total.numel(), total.device)
+            for part, rows in zip(total.split(_ENTRIES), columns.split(_ENTRIES), strict=True):
+                expected += part.double() @ rows.double()
+        worst = int((found - expected).abs().argmax())
+        if not float((found - expected)[worst].abs()) <= allowed:
+            raise GradscaleError(
+                f"the identity sum_i <g_i, v_j> = <sum_i g_i, v_j> must hold for examples {ids.start} to "
+                f"{ids.stop - 1} to {allowed:.1e}, expected {float(expected[worst]):.9g} of probe {worst}, got "
+                f"{float(found[worst]):.9g}; the products or the sums are wrong: try the other of --probe-products "
+                "forward and backward, and report it"
             )
 
 

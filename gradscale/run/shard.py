@@ -20,7 +20,7 @@ from gradscale.grads.coverage import select_parameters, sites
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals
 from gradscale.grads.subject import Subject, read_batch
 from gradscale.grads.waiting import Doubts, sent
-from gradscale.measures.identities import check_products
+from gradscale.measures.identities import check_products, check_sums
 from gradscale.measures.measure import Gathering, MicroBatch, Observation, Statistic
 from gradscale.run.forward import finite_products, forward_products, probes_in
 from gradscale.run.memory import explaining_memory
@@ -105,8 +105,8 @@ def run_shard(
     """The rows and the measures' states of the examples `ids`; `block` is their jackknife block.
 
     With `forward`, products with probes come from forward mode, which takes passes of its own over the examples.
-    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`, `forward_products` and
-    `check_products`.
+    Raises: OutOfMemory with the microbatch size to try; GradscaleError as `read_gradients`, `forward_products`,
+    `check_products` and `check_sums`.
     """
     needs = needs_of(statistics, sketch)
     probes = probes_in(needs) if forward else {}
@@ -115,6 +115,7 @@ def run_shard(
     beside = _read_beside(subject, ids, microbatch, statistics, readings.finite)
     batch = _finite_part(subject, ids, readings, labels, block, beside)
     check_products(batch, ids)
+    check_sums(batch, ids, max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values()))
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
 
