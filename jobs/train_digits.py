@@ -2,11 +2,13 @@
 
     python jobs/train_digits.py --out runs/checkpoints-real
     python jobs/train_digits.py --out runs/checkpoints-random --labels permuted
+    python jobs/train_digits.py --out runs/checkpoints-noise --label-noise 0.4 --size 600
     deepspeed --num_accelerators 2 jobs/train_digits.py --out runs/checkpoints-real
     torchrun --nproc_per_node 2 jobs/train_digits.py --out runs/checkpoints-real
 
 Each checkpoint is a DeepSpeed folder OUT/global_step<N>; `gradscale measure --task digits --checkpoint OUT`
-reads them. The settings of the optimizer, the batch size over all ranks and ZeRO are in ds_digits.json.
+reads them, given the same --width and --depth. The settings of the optimizer, the batch size over all ranks and ZeRO
+are in ds_digits.json, or in another file that --config names.
 """
 
 from __future__ import annotations
@@ -49,8 +51,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the digits ViT under DeepSpeed and keep its checkpoints.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoints")
     parser.add_argument("--labels", choices=["true", "permuted"], default="true")
+    parser.add_argument("--label-noise", type=float, default=0.0, help="share of the training labels that are redrawn")
+    parser.add_argument("--size", type=int, help="train on so many images only")
+    parser.add_argument("--width", type=int, default=64, help="of the ViT")
+    parser.add_argument("--depth", type=int, default=3, help="blocks of the ViT")
+    parser.add_argument("--config", type=Path, default=CONFIG, help="DeepSpeed's settings")
     parser.add_argument("--steps", type=int, default=384, help="optimizer steps")
-    parser.add_argument("--seed", type=int, default=0, help="of the initial weights and of the order of the images")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and redrawn labels")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     return parser.parse_args()
 
@@ -95,9 +102,17 @@ def report(model: nn.Module, task: Digits, step: int) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    task = Digits(data=f"{options.labels}-labels", seed=options.seed)
+    task = Digits(
+        data=f"{options.labels}-labels",
+        seed=options.seed,
+        width=options.width,
+        depth=options.depth,
+        size=options.size,
+        label_noise=options.label_noise,
+        noise_seed=options.seed,
+    )
     model = task.model(None).train()
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=str(CONFIG))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=str(options.config))
     data = batches(task.examples(), engine.train_micro_batch_size_per_gpu(), options.seed)
     kept = checkpoint_steps(options.steps)
     for step in range(options.steps + 1):

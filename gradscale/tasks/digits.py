@@ -23,7 +23,10 @@ CLASSES = 10
 SIDE, PATCH = 8, 2  # pixels
 PATCHES = (SIDE // PATCH) ** 2
 DATA = ("true-labels", "permuted-labels")
+SIZES = {"train": 1438, "validation": 359}  # images
+SPLITS = tuple(SIZES)
 _SPLIT_SEED, _PERMUTATION_SEED = 20, 21  # fixed: every run holds out the same images and permutes alike
+_NOISE_SEED = 22  # the first of two streams of every noise_seed
 
 
 class ClassToken(nn.Module):
@@ -118,18 +121,48 @@ class Digits:
     `data` is `true-labels`, or `permuted-labels`: the training labels in one fixed random order. `seed` draws
     the initial weights. The split and the permutation are the same for every seed.
 
-    Raises: GradscaleError if `data` is neither.
-    Source: Kaynak, Alpaydin (1998), UCI optical recognition of handwritten digits, the test part.
+    `split` is `train`, or `validation`: the fifth that is never trained on, with its true labels whatever else is
+    said here. `size` takes the first so many images of the split, which are in random order; None takes all.
+    `label_noise` p redraws the labels of exactly round(p n) of the n training images, uniformly from all 10 classes: a
+    tenth of them keeps its label by chance, and p = 1 leaves nothing to learn. `noise_seed` says which, and what they
+    become; under one, a smaller p redraws a part of what a larger one does, and to the same classes. `redrawn` names
+    them.
+
+    Raises: GradscaleError if `data` or `split` is neither, if `size` is not from 1 to what the split holds, if
+    `label_noise` is not in [0, 1], or if labels are both permuted and redrawn.
+    Source: Kaynak, Alpaydin (1998), UCI optical recognition of handwritten digits, the test part. Label noise: the
+    partially corrupted labels of Zhang et al. (2017), arXiv 1611.03530, section 2, but of an exact number of images.
     """
 
     data: str = "true-labels"
     seed: int = 0
     width: int = 64
     depth: int = 3
+    split: str = "train"
+    size: int | None = None
+    label_noise: float = 0.0
+    noise_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.data not in DATA:
             raise GradscaleError(f"data of task digits must be one of {', '.join(DATA)}, got {self.data!r}")
+        if self.split not in SPLITS:
+            raise GradscaleError(f"split of task digits must be one of {', '.join(SPLITS)}, got {self.split!r}")
+        if self.size is not None and not 1 <= self.size <= SIZES[self.split]:
+            raise GradscaleError(
+                f"size of task digits must be from 1 to {SIZES[self.split]}, the images of split {self.split}, "
+                f"got {self.size}; leave it out to take all"
+            )
+        if not 0 <= self.label_noise <= 1:
+            raise GradscaleError(
+                f"label_noise of task digits must be a share of the labels in [0, 1], got {self.label_noise}; give 0.2 "
+                "to redraw a fifth"
+            )
+        if self.label_noise and self.data != "true-labels":
+            raise GradscaleError(
+                f"label_noise of task digits must be 0 where data is {self.data}, got {self.label_noise}; take data "
+                "true-labels, and label_noise 1 for labels that are all random"
+            )
 
     def model(self, checkpoint: str | None) -> nn.Module:
         """The ViT with the weights of a DeepSpeed `checkpoint`, or drawn from `seed` for None; in eval mode."""
@@ -151,14 +184,41 @@ class Digits:
         return model
 
     def examples(self) -> TensorExamples:
-        """The training images and their labels, true or permuted."""
-        images, labels, _, _ = _split()
-        return TensorExamples(image=images, label=labels if self.data == "true-labels" else _permuted(labels))
+        """The images of the split and their labels: true, permuted, or some of them redrawn."""
+        images, labels = self._images_and_true_labels()
+        if self.split == "validation":
+            return TensorExamples(image=images, label=labels)
+        if self.data == "permuted-labels":
+            return TensorExamples(image=images, label=_permuted(_split()[1])[: len(labels)])
+        return TensorExamples(image=images, label=torch.where(self.redrawn(), self._random_labels(), labels))
 
     def held_out(self) -> TensorExamples:
-        """The fifth that is never trained on or measured, with its true labels."""
+        """The fifth that is never trained on, with its true labels: all that split `validation` has."""
         _, _, images, labels = _split()
         return TensorExamples(image=images, label=labels)
+
+    def true_labels(self) -> Tensor:
+        """[n] of the images of `examples`, before any was permuted or redrawn."""
+        return self._images_and_true_labels()[1]
+
+    def redrawn(self) -> Tensor:
+        """[n] bool: the images of `examples` whose label was redrawn, those that kept theirs by chance included."""
+        n = len(self.true_labels())
+        redrawn = torch.zeros(n, dtype=torch.bool)
+        if self.split == "train":
+            order = torch.randperm(n, generator=_generator(_NOISE_SEED, self.noise_seed))
+            redrawn[order[: round(self.label_noise * n)]] = True
+        return redrawn
+
+    def _random_labels(self) -> Tensor:
+        """[n]: what the labels that are redrawn become."""
+        generator = _generator(_NOISE_SEED + 1, self.noise_seed)
+        return torch.randint(CLASSES, (len(self.true_labels()),), generator=generator)
+
+    def _images_and_true_labels(self) -> tuple[Tensor, Tensor]:
+        train_images, train_labels, images, labels = _split()
+        chosen = (train_images, train_labels) if self.split == "train" else (images, labels)
+        return chosen[0][: self.size], chosen[1][: self.size]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         return F.cross_entropy(model(batch["image"]), batch["label"], reduction="none")
@@ -214,3 +274,7 @@ def _split() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _permuted(labels: Tensor) -> Tensor:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(_PERMUTATION_SEED))
     return labels[order]
+
+
+def _generator(stream: int, seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed << 8) + stream)
