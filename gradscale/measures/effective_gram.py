@@ -21,9 +21,9 @@ class EffectiveGram:
 
     Found in the source, in what could be read of it: the differential equation with eps_bar_n(t) and c_bar_n(t), and
     gap = r_n(0)^T K_n r_n(0). Reconstructed here: the formula of eps_bar, derived for leave-one-out gradient flow; it
-    may differ from the paper's by a convention. The contraction c_bar, and so K_n, needs trainings:
-    `gs.leave_out_gap`; eps_bar alone does not tell gaps apart. Status `conditional`: it speaks of that gap only if the checkpoint lies on
-    the path of all the data that are measured, and the examples measured are all n.
+    may differ from the paper's by a convention. The contraction c_bar, and so K_n, needs trainings,
+    `gs.leave_out_gap`: eps_bar alone does not tell gaps apart. Status `conditional`: it speaks of that gap only if the
+    checkpoint lies on the path of all the data that are measured, and the examples measured are all n.
 
     Standard error: that of tr Sigma by n, delete-one-block jackknife over blocks of shards, n being no estimate. NaN of
     fewer than two examples. In squared loss units by squared parameter units: loss units by time of the gradient flow.
