@@ -20,11 +20,10 @@ from gradscale.grads.readings import GradientSums
 from gradscale.measures.coherence import alpha
 from gradscale.measures.measure import MicroBatch
 from gradscale.measures.moments import Moments, MomentsState, block_sums, moments
-from gradscale.sketches.gaussian import GaussianProbes
+from gradscale.sketches.gaussian import TOGETHER, GaussianProbes
 
 SIGMAS = 8  # of what chance may do to products with probes
 _FLOOR = 1e-28  # squared norms below it, of float32 gradients, may have lost entries whose squares are zero in it
-_TOGETHER = 4  # probes that sums are held to: a call of Philox gives as many numbers
 _ENTRIES = 1 << 22  # of a parameter that are widened at a time
 _NARROW = 1e-2  # by which |S|^2 <= n Q may be off: sums in float32 or of half-precision factors are rounded
 
@@ -132,7 +131,7 @@ def check_sums(batch: MicroBatch, ids: range, eps: float) -> None:
     for reading, products in batch.projections.items():
         if not isinstance(reading.map, GaussianProbes):
             continue
-        found = products[:, :_TOGETHER].sum(dim=0)
+        found = products[:, :TOGETHER].sum(dim=0)
         expected = torch.zeros_like(found)
         for name, total in sums[None].items():
             columns = reading.map.columns(name, 0, len(found), total.numel(), total.device)
