@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
+    from gradscale.run.check_measure import check_measure as check_measure
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
@@ -67,6 +68,7 @@ _HOMES = {
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
     "batch_coherence": "gradscale.run.batch_gradients",
+    "check_measure": "gradscale.run.check_measure",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
