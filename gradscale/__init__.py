@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
     from gradscale.measures.worst_case import WorstCase as WorstCase
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
+    from gradscale.run.check_measure import check_measure as check_measure
     from gradscale.run.covariance_spectrum import covariance_spectrum as covariance_spectrum
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
@@ -78,6 +79,7 @@ _HOMES = {
     "WorstCase": "gradscale.measures.worst_case",
     "batch_coherence": "gradscale.run.batch_gradients",
     "covariance_spectrum": "gradscale.run.covariance_spectrum",
+    "check_measure": "gradscale.run.check_measure",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import logging
 import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -17,7 +14,8 @@ import typer
 from gradscale.errors import GradscaleError, ShardsFailed
 
 if TYPE_CHECKING:
-    from gradscale.run.job import Progress
+    from rich.console import RenderableType
+
     from gradscale.task import Task
 
 app = typer.Typer(
@@ -26,7 +24,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Per-example gradients of transformers, measured at scale. Start with: gradscale measure --help",
 )
-_PLAIN_SECONDS = 5.0  # between progress lines where there is no terminal
 
 
 @app.command(
@@ -43,7 +40,10 @@ def measure(
         list[str] | None, typer.Option(help="A checkpoint, a glob, or a folder of checkpoints; may be repeated.")
     ] = None,
     measures: Annotated[
-        str, typer.Option(help="NAME[:SETTING=VALUE...], separated by commas; or module:attribute.")
+        str,
+        typer.Option(
+            help="NAME[:SETTING=VALUE...], separated by commas; your own as module:attribute or file.py:class."
+        ),
     ] = "coherence,dispersion,gaussian_width",
     workers: Annotated[int, typer.Option(help="Ray actors.")] = 2,
     gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each worker; 0 measures on the CPU.")] = 0,
@@ -67,10 +67,11 @@ def measure(
 ) -> None:
     """Measure the per-example gradients of a task at every checkpoint. A run that exists is resumed."""
     from gradscale.measures.settings import parse_measures
+    from gradscale.report.progress import shown_progress
     from gradscale.run.job import measure as run_measure
 
     options = _options(data, model, task_option)
-    with _progress() as on_progress:
+    with shown_progress() as on_progress:
         run = run_measure(
             task,
             out,
@@ -120,10 +121,11 @@ def plan(
     from gradscale.checkpoints import resolve
     from gradscale.grads.coverage import describe
     from gradscale.measures.settings import parse_measures
-    from gradscale.report.forecasts import coverage_lines, forecast_lines
+    from gradscale.report.forecasts import coverage_lines, forecast_lines, pass_lines
     from gradscale.run.fold import statistics_of
     from gradscale.run.forecast import forecast
-    from gradscale.run.shard import prepare
+    from gradscale.run.passes import passes_of
+    from gradscale.run.shard import bound, prepare
     from gradscale.sketches import parse_sketch
 
     torch.set_num_threads(threads)
@@ -135,11 +137,15 @@ def plan(
         typer.echo(line)
     dense = parse_sketch(sketch, seed=0) if sketch else None
     count = len(found) if checkpoint else steps
-    statistics = statistics_of(parse_measures(measures))
+    chosen = parse_measures(measures)
+    statistics = statistics_of(chosen)
     cost = forecast(subject, statistics, dense, microbatch, count, sketch_dtype, probe_products, shard_size)
     for line in forecast_lines(cost, gpus or workers, shard_size):
         typer.echo(line)
     typer.echo(f"  probes  by the {cost.probe_products.way} pass: {cost.probe_products.why}")
+    forward = cost.probe_products.way == "forward"
+    for line in pass_lines(passes_of(subject, chosen, microbatch, bound(dense, subject), forward)):
+        typer.echo(line)
 
 
 @app.command(epilog="Example: gradscale check --task causal-lm --model DIR --data text.jsonl --examples 8")
@@ -175,14 +181,10 @@ def show(
     measure: Annotated[str | None, typer.Option(help="One measure, per layer and class too.")] = None,
 ) -> None:
     """Print a run's estimates with their standard errors."""
-    from rich.console import Console
-
     from gradscale.report.tables import estimate_tables
     from gradscale.store.results import open_run
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in estimate_tables(open_run(run), measure):
-        console.print(table)
+    _print(*estimate_tables(open_run(run), measure))
 
 
 @app.command(epilog="Example: gradscale report runs/demo-real runs/demo-random --output runs/demo.html")
@@ -209,13 +211,28 @@ def tasks() -> None:
         typer.echo(f"{name:16} {ready.summary}")
 
 
-@app.command(epilog="Example: gradscale measures")
-def measures() -> None:
-    """List the measures with what they are, what they cost and where they come from."""
-    from gradscale.measures import MEASURES
+@app.command(
+    epilog="Examples: gradscale measures; gradscale measures coherence; gradscale measures mine.py:Mine --laws"
+)
+def measures(
+    measure: Annotated[
+        str | None, typer.Argument(help="One measure, in full: a name, module:attribute or file.py:class.")
+    ] = None,
+    laws: Annotated[bool, typer.Option(help="Hold it to the laws that every measure has to obey.")] = False,
+) -> None:
+    """List the measures with definition, cost and source, and what is worked out from a run that is there."""
+    from gradscale.report.listing import function_table, measure_details, measure_table
 
-    for name, kind in MEASURES.items():
-        typer.echo(f"{name:16} {kind.summary}")
+    if measure is None:
+        _print(measure_table(), function_table())
+        return
+    from gradscale.measures.settings import find_measure, parse_measures
+    from gradscale.run.check_measure import check_measure
+
+    _print(*measure_details(find_measure(measure)[0]))
+    if laws:
+        for each in parse_measures(measure):
+            typer.echo(f"{each.name} obeys the laws of {', '.join(check_measure(each))}")
 
 
 def main() -> None:
@@ -232,6 +249,14 @@ def main() -> None:
     except ShardsFailed as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         sys.exit(1)
+
+
+def _print(*parts: RenderableType) -> None:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for part in parts:
+        console.print(part)
 
 
 def _task(task: str, data: str | None, model: str | None, task_option: list[str] | None) -> Task:
@@ -255,37 +280,3 @@ def _option(text: str) -> tuple[str, str | int | float]:
         except ValueError:
             continue
     return name, value
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """Shows examples done, examples a second and time left: a bar on a terminal, else a line now and then."""
-    if not sys.stderr.isatty():
-        yield _plain_progress()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
-
-    columns = (TextColumn("measuring"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    with Bar(*columns, TimeElapsedColumn()) as bar:
-        shown = bar.add_task("measuring", total=None, rate="starting")
-        yield lambda p: bar.update(shown, completed=p.done, total=p.total, rate=_rate(p))
-
-
-def _plain_progress() -> Callable[[Progress], None]:
-    last = -_PLAIN_SECONDS
-
-    def tell(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last >= _PLAIN_SECONDS or progress.done == progress.total:
-            last = time.monotonic()
-            typer.echo(f"measuring {progress.done}/{progress.total} examples, {_rate(progress)}", err=True)
-
-    return tell
-
-
-def _rate(progress: Progress) -> str:
-    if progress.seconds_left is None:
-        return "starting"
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
-    return f"{progress.rate:.0f} examples/s, {minutes}:{seconds:02d} left"

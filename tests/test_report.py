@@ -20,10 +20,12 @@ import pytest
 from rich.console import Console
 
 from gradscale.errors import GradscaleError
+from gradscale.measures import MEASURES
 from gradscale.report.html import write_report
-from gradscale.report.measured import COLUMNS, curve, read
+from gradscale.report.measured import COLUMNS, class_matrix, curve, read
 from gradscale.report.numbers import estimate_text
 from gradscale.report.plans import setting_text
+from gradscale.report.quantities import KNOWN
 from gradscale.report.sentences import layers_sentence, sentence
 from gradscale.report.tables import estimate_tables, shortened
 
@@ -504,6 +506,84 @@ def test_the_featurizer_width_is_drawn_where_it_is(tmp_path):
     assert "[feature units]" in figure
     assert "Gaussian width of the features" not in without
     assert "Not measured: error of the sketches&#x27; cosines." in without
+
+
+# every measure has a section: known or not, with whatever scopes it has
+
+
+def estimated(step: int, measure: str, name: str, scope: str, value: float, stderr: float | None) -> tuple:
+    return (step, measure, name, scope, value, stderr, 9, "heuristic", f"{measure}/{name}/v1", "furlongs")
+
+
+def pairs(values: dict[str, float], step: int = 0, measure: str = "stiffness", name: str = "cos") -> list[tuple]:
+    return [estimated(step, measure, name, f"class:{pair}", value, 0.1) for pair, value in values.items()]
+
+
+def section_titled(page_text: str, title: str) -> str:
+    return next(part for part in page_text.split("<section") if f"<h2>{title}</h2>" in part).partition("</section>")[0]
+
+
+def test_a_measure_of_ones_own_has_a_section(tmp_path):
+    rows = [estimated(step, "tail_index", "hill", "all", 0.1 * step, 0.01) for step in (0, 4)]
+    text = page_with(tmp_path, rows, steps=(0, 4))
+    section = section_titled(text, "Tail index")
+    assert "hill: heuristic, definition tail_index/hill/v1, unit furlongs" in section
+    assert "<svg" in section
+    assert "0.400 ± 0.010" in section
+    assert 'href="#m' in text.partition("<h2>What was found</h2>")[2].partition("</section>")[0]
+
+
+def test_one_number_needs_no_plot(tmp_path):
+    text = page_with(tmp_path, [estimated(4, "tail_index", "hill", "all", 0.25, None)], steps=(4,))
+    section = section_titled(text, "Tail index")
+    assert "<svg" not in section
+    assert (
+        "At step 4 the tail index / hill of a is 0.25 ± 0." in section
+    )  # an exact value's null error is no unknown one
+
+
+def test_a_measure_by_parameter_and_class_alone_is_drawn(tmp_path):
+    rows = [
+        estimated(step, "tilt", "angle", scope, value, 0.01)
+        for step in (0, 4)
+        for scope, value in {"layer:w": 0.5, "layer:b": -0.25, "class:1": 2.0, "class:2": 3.0}.items()
+    ]
+    section = section_titled(page_with(tmp_path, rows, steps=(0, 4)), "Tilt")
+    assert "<h3>tilt / angle of every parameter</h3>" in section
+    assert "highest in w (0.500 ± 0.010) and lowest in b (-0.250 ± 0.010)" in section
+    assert "<h3>tilt / angle of every class</h3>" in section
+    assert "highest in class 2 (3.000 ± 0.010)" in section
+    assert section.count("<svg") == 2
+    assert "0.500 ± 0.010</td>" in section  # the folded numbers
+    text = printed(estimate_tables(FakeRun("a", rows, some_rows((0,), n=9)), None))
+    assert "tilt/angle by layer" in text
+
+
+def test_class_matrices_are_heat_maps(tmp_path):
+    rows = pairs({"0,0": 0.9, "0,10": -0.2, "2,10": 0.1, "0,2": 0.3}) + pairs({"0,0": 0.5}, measure="mine", name="m")
+    text = page_with(tmp_path, rows)
+    assert "<h3>Cosine stiffness between classes, last step</h3>" in section_titled(text, "Stiffness")
+    assert "highest in classes 0 and 0 (0.90 ± 0.10) and lowest in classes 0 and 10" in text
+    assert "<h3>mine / m between classes, last step</h3>" in section_titled(text, "Mine")
+
+
+def test_a_class_matrix_is_that_of_the_last_step():
+    old, new = pairs({"0,0": 9.0, "0,10": 9.0}), pairs({"0,10": 0.2, "2,10": 0.1, "10,0": 0.4}, step=8)
+    run = FakeRun("a", [*old, *new, estimated(8, "stiffness", "cos", "class:3", 7.0, 0.1)], some_rows((0,), n=9))
+    found = class_matrix(read([run])[0].estimates, "stiffness", "cos")
+    assert list(found.index) == list(found.columns) == ["0", "2", "10"]
+    assert (found.loc["0", "10"], found.loc["10", "0"], found.loc["10", "2"], found.loc["2", "10"]) == (
+        0.2,
+        0.4,
+        0.1,
+        0.1,
+    )
+    assert math.isnan(found.loc["0", "0"])
+
+
+def test_every_measure_of_gradscale_is_known():
+    assert {quantity.measure for quantity in KNOWN} >= set(MEASURES)
+    assert len({quantity.key for quantity in KNOWN}) == len(KNOWN)
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

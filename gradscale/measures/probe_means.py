@@ -42,9 +42,18 @@ def means_of(values: Tensor) -> ProbeMeans:
     kept = values[values.isfinite().all(dim=1)].cpu().double()
     if not len(kept):
         return no_means()
-    x, probes = kept.mean(dim=1), kept.shape[1]
-    w = kept.var(dim=1) / probes if probes > 1 else torch.zeros_like(x)
+    probes = kept.shape[1]
+    x = _sum_by_row(kept) / probes
+    w = _sum_by_row((kept - x[:, None]).square()) / (max(probes - 1, 1) * probes)
     return ProbeMeans(total_of(torch.stack([x, x.square(), w], dim=1)), torch.tensor(len(kept)))
+
+
+def _sum_by_row(values: Tensor) -> Tensor:
+    """[B]: one column after another, so that the bits of a row do not depend on how many there are."""
+    total = torch.zeros_like(values[:, 0])
+    for column in values.unbind(dim=1):
+        total += column
+    return total
 
 
 def add_means(left: ProbeMeans, right: ProbeMeans) -> ProbeMeans:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from gradscale.store.sketches import cosine_error
@@ -10,6 +10,7 @@ from gradscale.store.sketches import cosine_error
 if TYPE_CHECKING:
     from gradscale.grads.coverage import Coverage
     from gradscale.run.forecast import Forecast
+    from gradscale.run.passes import Passes
 
 
 def coverage_lines(coverage: Coverage) -> Iterator[str]:
@@ -44,6 +45,14 @@ def forecast_lines(cost: Forecast, workers: int, shard_size: int) -> Iterator[st
         yield f"          standard error of a cosine, with exact norms: {far:.3g} near 0, {near:.3g} near 1 or -1"
     shards = -(-cost.examples // shard_size)
     yield f"  states  {_bytes(cost.state_bytes * shards)} for each checkpoint, until its shards are merged"
+
+
+def pass_lines(passes: Mapping[str, Passes]) -> Iterator[str]:
+    """The passes over the data that all measures cost together, then those of each alone; see `passes_of`."""
+    *alone, (_, together) = passes.items()
+    yield f"passes: {together.forward} forward and {together.backward} backward over the data, together; each alone"
+    for name, (forward, backward) in alone:
+        yield f"  {name:24} {forward:5} forward {backward:5} backward"
 
 
 def _bytes(count: float) -> str:

@@ -63,23 +63,22 @@ def scopes(estimates: pd.DataFrame, measure: str, name: str, kind: str) -> list[
 
 
 def class_matrix(estimates: pd.DataFrame, measure: str, name: str) -> pd.DataFrame:
-    """[C, C] by class, symmetric: a quantity of scope `class:<a>,<b>`, a <= b, at the last step that has it."""
-    curves = {scope: curve(estimates, measure, name, scope) for scope in scopes(estimates, measure, name, "class")}
-    last = max((int(frame["step"].max()) for frame in curves.values()), default=0)
-    at = {
-        tuple(int(c) for c in scope.partition(":")[2].split(",")): float(frame["value"].iloc[-1])
-        for scope, frame in curves.items()
-        if int(frame["step"].max()) == last
-    }
-    classes = sorted({c for pair in at for c in pair})
-    values = [[at.get((min(a, b), max(a, b)), math.nan) for b in classes] for a in classes]
-    return pd.DataFrame(values, index=classes, columns=classes)
+    """[C, C] by class: a quantity of scope `class:<a>,<b>` at the last step that has it.
+
+    Where only one of (a, b) and (b, a) is there, it stands for both. Empty where there are no pairs.
+    """
+    chosen = estimates[(estimates["measure"] == measure) & (estimates["name"] == name)]
+    chosen = chosen[chosen["scope"].str.match(r"class:[^,]*,[^,]*$").astype(bool)]
+    last = chosen[chosen["step"] == chosen["step"].max()]
+    pairs = [tuple(str(scope).partition(":")[2].split(",")) for scope in last["scope"]]
+    at = dict(zip(pairs, last["value"], strict=True))
+    classes = sorted({c for pair in pairs for c in pair}, key=lambda c: (len(c), c) if c.isdigit() else (math.inf, c))
+    values = [[float(at.get((a, b), at.get((b, a), math.nan))) for b in classes] for a in classes]
+    return pd.DataFrame(values, index=classes, columns=classes, dtype=float)
 
 
 def _read(run: Run, label: str) -> Measured:
-    own = run.estimates()[COLUMNS].copy()
-    own["stderr"] = [0.0 if error is None or error is pd.NA else float(error) for error in own["stderr"]]
-    own["value"] = [math.nan if value is None or value is pd.NA else float(value) for value in own["value"]]
+    own = _with_exact(run)
     own = own.sort_values("step", kind="stable")
     if "loss" not in run.rows().schema.names:
         return Measured(label, run.plan, own.reset_index(drop=True), 0)
@@ -88,6 +87,17 @@ def _read(run: Run, label: str) -> Measured:
     frames = [frame for frame in (of_rows, own) if len(frame)]
     nonfinite = int(run.sql("select count(*) as n from rows where not finite")["n"].iloc[0])
     return Measured(label, run.plan, pd.concat(frames, ignore_index=True) if frames else own, nonfinite)
+
+
+def _with_exact(run: Run) -> pd.DataFrame:
+    """The run's estimates, an exact value's error 0: pandas cannot tell its null from NaN, which SQL can."""
+    own = run.estimates()[COLUMNS].copy()
+    if not len(own):
+        return own.astype({"value": float, "stderr": float})
+    exact = run.sql("select stderr is null as exact from estimates")["exact"].to_numpy(dtype=bool)
+    own["value"] = pd.to_numeric(own["value"]).astype(float)
+    own["stderr"] = pd.to_numeric(own["stderr"]).astype(float).mask(exact, 0.0)
+    return own
 
 
 def _of_rows(run: Run) -> pd.DataFrame:

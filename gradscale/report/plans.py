@@ -45,7 +45,7 @@ def setting_text(key: str, value: Any) -> str:
     if key == "parameters" and isinstance(value, Mapping):
         return _parameters(value)
     if key == "measures" and isinstance(value, Mapping):
-        return _few([_measure(name, about) for name, about in value.items()])
+        return ", ".join(_measure(name, about) for name, about in value.items())
     if key.endswith("fingerprint"):
         return _shortened(str(value))
     return _text(value) or "none"

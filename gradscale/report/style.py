@@ -1,4 +1,8 @@
-"""The style sheet of the HTML report, light and dark."""
+"""The style of the HTML report, light and dark."""
+
+from __future__ import annotations
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of the runs: Okabe and Ito
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1c2024; --soft: #5b646e; --line: #d9dee3; --ground: #ffffff; --tint: #f5f7f9;
@@ -14,10 +18,12 @@ h3 { font-size: 1rem; margin: 0 0 .35rem; font-weight: 600; }
 p { margin: .4rem 0; max-width: 75ch; }
 a { color: var(--link); }
 .lead, .soft, figcaption { color: var(--soft); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 470px), 1fr)); gap: 2.2rem 2.4rem; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 470px), 1fr)); gap: 2.2rem 2.4rem; }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 470px), 1fr)); gap: 1.4rem 2.4rem; }
 figure { margin: 0; min-width: 0; }
 figure.wide { grid-column: 1 / -1; }
 figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
+figure.wide svg { width: auto; max-width: 100%; }
 figure svg text { font-family: inherit; }
 figcaption { font-size: .9rem; line-height: 1.45; margin-top: .5rem; max-width: 75ch; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: .2rem 0; }
@@ -33,10 +39,17 @@ table.plan tr.differs td { font-weight: 600; }
 .swatch { display: inline-block; width: .7em; height: .7em; border-radius: 2px; margin-right: .45em; }
 .legend { font-size: .8rem; color: var(--soft); margin: .35rem 0 0; overflow-wrap: anywhere; max-width: 110ch; }
 .tables { display: flex; flex-wrap: wrap; gap: 1rem 2.5rem; } .tables > .scroll { max-width: 100%; }
+.contents { max-width: none; line-height: 1.9; }
+section > dl { margin: 1.6rem 0; } dd p { font-size: .9rem; }
 .run { margin: 0; font-size: .9rem; } .block { margin: 0 0 2.4rem; }
 details { margin: .8rem 0; } summary { cursor: pointer; color: var(--soft); font-size: .9rem; }
 pre { background: var(--tint); padding: .8rem 1rem; overflow-x: auto; font-size: .8rem; border-radius: 4px; }
 code, .equation { font-family: ui-monospace, "SF Mono", Menlo, Consolas, monospace; font-size: .875em; }
-dt { font-weight: 600; margin-top: 1.1rem; } dd { margin: .15rem 0 0; }
+dt { font-weight: 600; } dd { margin: .15rem 0 0; }
 @media print { body { max-width: none; padding: 0; } figure, .block { break-inside: avoid; } }
 """
+
+
+def swatch(k: int) -> str:
+    """The colour of the k-th run, before its name."""
+    return f'<span class="swatch" style="background:{COLOURS[k % len(COLOURS)]}"></span>'

@@ -41,9 +41,11 @@ def estimate_tables(run: Run, measure: str | None = None) -> list[Table]:
             f"measure must be one of those in {run.name} ({', '.join(present) or 'none'}), got {measure!r}"
         )
     chosen = present if measure is None else [measure]
-    grids = [grid for name in chosen if (grid := by_step(estimates, name)).rows]
-    if measure is not None:
-        grids += by_scope(estimates, measure)
+    grids = []
+    for name in chosen:
+        whole = by_step(estimates, name)
+        grids += [whole] if whole.rows else []
+        grids += by_scope(estimates, name) if measure is not None or not whole.rows else []
     return [_rich(part) for grid in grids for part in fitted(grid)]
 
 

@@ -23,7 +23,9 @@ def featurizer_width(
 ) -> Mapping[str, Estimate]:
     """`width` and `symmetrized` of the features of all examples of a task, as the measure `FeaturizerWidth` has them.
 
+    Cost: one forward pass; F N numbers for the probes, F N operations an example.
     Raises: GradscaleError if the task has no features, or they are not one vector for each example.
+    Source: Banerjee et al. (2024), arXiv 2406.07712, as `FeaturizerWidth`.
     """
     check_positive(num_probes=num_probes, microbatch=microbatch)
     measure = FeaturizerWidth(num_probes, seed)

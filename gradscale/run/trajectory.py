@@ -66,6 +66,8 @@ class PathComplexity(NamedTuple):
 def feature_norms(run: Run) -> dict[int, FeatureNorms]:
     """|Phi_t|_F^2 of every step that has estimates, as `tangent_kernel/frobenius` has them.
 
+    Cost: reads the run's table of estimates.
+    Source: Baratin et al. (2021), arXiv 2008.00938.
     Raises: GradscaleError if the run was not measured with `tangent_kernel`, or has no estimates.
     """
     measured = run.plan["measures"]

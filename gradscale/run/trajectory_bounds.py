@@ -33,6 +33,8 @@ def rademacher_bound(
     training run are not; with an upper confidence bound in place of the estimate only if the error is added. Standard
     error: of the probes, errors of steps and of parameters added, not their squares, as they share their probes: an
     upper bound. `run` is one with `tangent_kernel`, or what `feature_norms` gives. Units: output units.
+
+    Cost: reads the run's table of estimates.
     Raises: GradscaleError if there is no such run, step or parameter, or a radius or preconditioner is not positive.
     Source: Baratin et al. (2021), arXiv 2008.00938, section 4, the bound for learning flows.
     """

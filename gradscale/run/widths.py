@@ -87,6 +87,7 @@ def width(
     Cost: 2 n K M operations; memory for K M numbers and for a few row groups of sketches, 32 bytes an example beside,
     whatever n is.
     Raises: GradscaleError if the run has no such step, no sketches, or not all of the examples among its finite ones.
+    Source: Banerjee et al. (2024), arXiv 2406.07712, as `GaussianWidth`; the interval is derived here.
     """
     check_positive(draws=draws)
     stored = run.stored_sketches(step)
@@ -122,6 +123,7 @@ def tuple_width(
     Cost: C^2 n K operations; memory for a row group of each of the C steps, 16 MiB, and a few blocks, 32 bytes an
     example and step beside, whatever n is.
     Raises: GradscaleError if there is no step, one is not the run's, there are no sketches, or no example is left.
+    Source: Banerjee et al. (2024), arXiv 2406.07712, whose set is not pinned down in what could be read of it.
     """
     chosen = run.steps if steps is None else list(steps)
     if not chosen:

@@ -1,0 +1,125 @@
+"""The section of one measure in the report: figures, what they mean, the numbers. Any measure has one, known or not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+
+import pandas as pd
+
+from gradscale.report.measured import Measured
+from gradscale.report.quantities import beside, curve_of, drawn, with_scopes
+from gradscale.report.quantity import Quantity
+from gradscale.report.sentences import layers_sentence, sentence
+from gradscale.report.style import swatch
+from gradscale.report.tables import Grid, by_scope, by_step
+
+FOLDED_ROWS = 24
+_TITLES = {"grad_norm": "Gradient norm", "effective_gram": "Effective Gram"}
+
+
+def measure_section(anchor: str, runs: Sequence[Measured], measure: str, quantities: Sequence[Quantity]) -> str:
+    """All that there is of one measure, whose `quantities` the runs have; `anchor` is the id that links lead to."""
+    shown = [quantity for quantity in drawn(runs) if quantity in quantities]
+    figures = [_figure(q.title, _plot(runs, q), _said(runs, q)) for q in shown] + _maps(runs, quantities)
+    entries = "\n".join(_entry(runs, quantity) for quantity in quantities)
+    return (
+        f'<section id="{anchor}">\n<h2>{escape(title_of(measure))}</h2>\n'
+        f'<div class="figures">{"".join(figures)}</div>\n'
+        f"<dl>{entries}</dl>\n{_numbers(runs, measure)}\n</section>"
+    )
+
+
+def title_of(measure: str) -> str:
+    return _TITLES.get(measure, measure[:1].upper() + measure[1:].replace("_", " "))
+
+
+def _plot(runs: Sequence[Measured], quantity: Quantity) -> str:
+    """The curves; nothing where there is one number: the sentence below says it."""
+    from gradscale.report.plots import step_svg
+
+    points = sum(len(curve_of(run, quantity)) + len(beside(run, quantity)) for run in runs)
+    return step_svg(runs, quantity) if points > 1 else ""
+
+
+def _maps(runs: Sequence[Measured], quantities: Sequence[Quantity]) -> list[str]:
+    """Heat maps: by parameter and by class of the first quantity that has such scopes, and every matrix of classes."""
+    from gradscale.report.heat import NAMES, class_svg, heat_svg
+
+    figures = []
+    for kind, title in (("layer", "of every parameter"), ("class", "of every class")):
+        for quantity in with_scopes(runs, quantities, kind)[:1]:
+            said = layers_sentence(quantity.noun, _curves(runs, quantity, kind), NAMES[kind])
+            numbers = _by_scope(runs, quantity, kind)
+            drawing = heat_svg(runs, quantity, kind) or ""
+            figures.append(_figure(f"{quantity.title} {title}", drawing, said, wide=True, below=numbers))
+    for quantity in with_scopes(runs, quantities, "pair"):
+        said = layers_sentence(quantity.noun, _curves(runs, quantity, "pair"), NAMES["pair"])
+        title = f"{quantity.title} between classes, last step"
+        figures.append(_figure(title, class_svg(runs, quantity) or "", said, wide=True))
+    return figures
+
+
+def _curves(runs: Sequence[Measured], quantity: Quantity, kind: str) -> Mapping[str, Mapping[str, pd.DataFrame]]:
+    from gradscale.report.heat import scope_curves
+
+    return {run.label: scope_curves(run, quantity, kind) for run in runs}
+
+
+def _figure(title: str, svg: str, said: str, *, wide: bool = False, below: str = "") -> str:
+    kind = ' class="wide"' if wide else ""
+    return f"<figure{kind}><h3>{escape(title)}</h3>{svg}<figcaption>{escape(said)}</figcaption>{below}</figure>\n"
+
+
+def _by_scope(runs: Sequence[Measured], quantity: Quantity, kind: str) -> str:
+    """The numbers behind a heat map, folded."""
+    title = f"{quantity.key} by {kind}"
+    grids = [(k, run, grid) for k, run in enumerate(runs) for grid in by_scope(run.estimates, quantity.measure)]
+    tables = [_table(grid, f"{swatch(k)}{escape(run.label)}") for k, run, grid in grids if grid.title == title]
+    return f'<details><summary>The numbers, with errors</summary><div class="tables">{"".join(tables)}</div></details>'
+
+
+def _said(runs: Sequence[Measured], quantity: Quantity) -> str:
+    """What the plot shows; and, of each run, how it compares with what it is measured against."""
+    said = [sentence(quantity.noun, {run.label: curve_of(run, quantity) for run in runs})]
+    if quantity.beside is not None:
+        against = quantity.beside[1]
+        compared = [(run.label, curve_of(run, quantity), beside(run, quantity)) for run in runs]
+        said += [sentence(quantity.noun, {label: own, against: other}) for label, own, other in compared if len(other)]
+    return " ".join(said)
+
+
+def _numbers(runs: Sequence[Measured], measure: str) -> str:
+    """The tables by step; legends are in the entries above them."""
+    grids = [(k, run.label, by_step(run.estimates, measure)) for k, run in enumerate(runs)]
+    tables = [_table(grid, f"{swatch(k)}{escape(label)}") for k, label, grid in grids if grid.rows]
+    return f'<div class="tables">{"".join(tables)}</div>' if tables else ""
+
+
+def _table(grid: Grid, title: str) -> str:
+    heads = "".join(f"<th>{escape(column)}</th>" for column in grid.columns)
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in grid.rows)
+    table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
+    if len(grid.rows) > FOLDED_ROWS:
+        table = f"<details><summary>{len(grid.rows)} steps</summary>{table}</details>"
+    return f'<div class="scroll"><p class="run">{title}</p>{table}</div>'
+
+
+def _entry(runs: Sequence[Measured], quantity: Quantity) -> str:
+    """What a quantity is: its equation, what it says, how its error was got; then status, definition and unit."""
+    equation = f'<dd class="equation">{escape(quantity.equation)}</dd>' if quantity.equation else ""
+    source = f' Source: <a href="{quantity.source[1]}">{escape(quantity.source[0])}</a>.' if quantity.source else ""
+    text = " ".join(part for part in (quantity.text, quantity.error) if part)
+    given = dict.fromkeys(line for run in runs for line in _definitions(run, quantity))
+    lines = "".join(f"<dd class='legend'>{escape(line)}</dd>" for line in given)
+    return f"<div><dt>{escape(quantity.title)}</dt>{equation}<dd><p>{escape(text)}{source}</p></dd>{lines}</div>"
+
+
+def _definitions(run: Measured, quantity: Quantity) -> list[str]:
+    frame = run.estimates
+    chosen = frame[(frame["measure"] == quantity.measure) & (frame["name"] == quantity.name)]
+    columns = zip(chosen["name"], chosen["definition"], chosen["status"], chosen["unit"], strict=True)
+    return [
+        f"{name}: {status}, definition {definition}{'' if unit in ('', '1') else f', unit {unit}'}"
+        for name, definition, status, unit in dict.fromkeys(columns)
+    ]
