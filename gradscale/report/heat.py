@@ -95,10 +95,7 @@ def _draw_heat(axes: Axes, label: str, layers: Curves, scale: Normalize, colours
     ticks = evenly(range(len(steps)), 8)
     axes.set_xticks([j + 0.5 for j in ticks], [number_text(steps[j], 5) for j in ticks], fontsize=8)
     axes.set_xlabel("step")
-    axes.invert_yaxis()
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    _bare(axes)
     return mesh
 
 
@@ -111,10 +108,7 @@ def _draw_classes(axes: Axes, label: str, table: pd.DataFrame, scale: Normalize,
         axis.set_ticks([j + 0.5 for j in ticks], [str(table.index[j]) for j in ticks], fontsize=8)
     axes.set_xlabel("class")
     axes.set_aspect("equal")
-    axes.invert_yaxis()
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    _bare(axes)
     return mesh
 
 
@@ -145,3 +139,11 @@ def _label(bar: Colorbar, runs: Sequence[Measured], quantity: Quantity, scale: N
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.outline.set_linewidth(0.0)
+
+
+def _bare(axes: Axes) -> None:
+    """The first row on top; no ticks, no frame."""
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)

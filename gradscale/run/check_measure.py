@@ -20,7 +20,7 @@ from gradscale.measures.measure import Estimate, Estimates, Measure, MicroBatch,
 from gradscale.measures.settings import check_measures
 from gradscale.run import laws
 from gradscale.run.observations import BesideReader
-from gradscale.run.shard import labels_of, load_batch, needs_of, prepare
+from gradscale.run.shard import finite_part, labels_of, load_batch, needs_of, prepare
 from gradscale.task import Batch, Task, TensorExamples
 
 _SIZES = (4, 3, 1, 5, 2, 4, 3)  # of the microbatches
@@ -115,22 +115,9 @@ def _microbatch(subject: Subject, statistic: Statistic[Any], ids: range, block: 
     labels = labels_of(subject.task, batch)
     left_out = None if finite else torch.ones(len(ids), dtype=torch.bool, device=subject.device)
     readings = read_batch(subject, batch, needs_of([statistic], None), labels, left_out)
-    keep = readings.finite
     reader = BesideReader(subject, [statistic])
-    reader.read(batch, ids, keep)
-    beside = reader.found()
-    return MicroBatch(
-        torch.arange(ids.start, ids.stop, device=subject.device)[keep],
-        readings.losses[keep],
-        labels[keep] if labels is not None else None,
-        tuple(subject.parameters),
-        readings.sq_norms[keep],
-        readings.sums,
-        {reading: found[keep] for reading, found in readings.projections.items()},
-        block,
-        {observation: found[keep.to(found.device)] for observation, found in beside.observations.items()},
-        beside.gathered,
-    )
+    reader.read(batch, ids, readings.finite)
+    return finite_part(subject, ids, readings, labels, block, reader.found())
 
 
 def _check_state(statistic: Statistic[Any], state: Any) -> None:

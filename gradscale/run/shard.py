@@ -113,7 +113,7 @@ def run_shard(
     readings, labels = _read_range(subject, ids, microbatch, needs - probes.keys())
     readings = _with_products(subject, ids, microbatch, readings, probes)
     beside = _read_beside(subject, ids, microbatch, statistics, readings.finite)
-    batch = _finite_part(subject, ids, readings, labels, block, beside)
+    batch = finite_part(subject, ids, readings, labels, block, beside)
     check_products(batch, ids)
     check_sums(batch, ids, max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values()))
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
@@ -237,7 +237,7 @@ def _joined(parts: Sequence[Readings]) -> Readings:
     )
 
 
-def _finite_part(
+def finite_part(
     subject: Subject,
     ids: range,
     readings: Readings,
@@ -245,6 +245,7 @@ def _finite_part(
     block: int,
     beside: Beside,
 ) -> MicroBatch:
+    """What the measures are given of the examples `ids`: those that are finite."""
     keep = readings.finite
     return MicroBatch(
         torch.arange(ids.start, ids.stop, device=keep.device)[keep],
