@@ -33,7 +33,7 @@ from gradscale.measures.perturbation import draws_of
 from gradscale.measures.probe_means import means_of
 from gradscale.measures.sensitivity import Sensitivity, SensitivityState
 from gradscale.measures.sharpness import AscentState, Sharpness, SharpnessState
-from gradscale.measures.stiffness import Stiffness
+from gradscale.measures.stiffness import Stiffness, cosines_between
 from gradscale.measures.tangent_kernel import TangentKernel
 from gradscale.measures.tangent_passes import TARGET, TangentState, probe_name
 
@@ -117,6 +117,26 @@ def test_the_class_matrix_of_cosines() -> None:
             scores[scope].append(score(found["cos", scope], exact))
     for parts in scores.values():
         assert_honest(parts, 9)
+
+
+def test_cosines_between_two_sets() -> None:
+    """A training and a validation set: the jackknife over either's blocks with the other held."""
+    generator, blocks = np.random.default_rng(10), np.repeat(np.arange(10), 12)
+    many, of = two_classes(generator, 400_000)
+    units = many / np.linalg.norm(many, axis=1, keepdims=True)
+    u = [units[of == c].mean(axis=0) for c in (0, 1)]
+    truth = {("cos", f"class:{a},{b}"): float(u[a] @ u[b]) for a in (0, 1) for b in (0, 1)}
+    truth["cos", "all"] = float(np.mean(list(truth.values())))
+    truth["cos_within", "all"] = (truth["cos", "class:0,0"] + truth["cos", "class:1,1"]) / 2
+    truth["cos_between", "all"] = truth["cos", "class:0,1"]
+    scores: dict[tuple[str, str], list[float]] = {key: [] for key in truth}
+    for _ in range(SEEDS):
+        left, right = (state_of(*two_classes(generator, len(blocks)), blocks) for _ in range(2))
+        found = cosines_between(left, right, by_class=True)
+        for key, exact in truth.items():
+            scores[key].append(score(found[key], exact))
+    for parts in scores.values():
+        assert_honest(parts, 18)
 
 
 def test_signs_within_and_between_classes() -> None:
