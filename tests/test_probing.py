@@ -330,6 +330,17 @@ def test_alignment_is_that_of_dense_kernels(kind: str, centred: bool) -> None:
         assert estimate.definition.endswith("/centred/v1" if centred else "/uncentred/v1")
 
 
+@pytest.mark.parametrize("centred", [False, True])
+def test_a_parameter_that_the_outputs_do_not_depend_on_has_no_alignment(centred: bool) -> None:
+    """Softmax does not see what is added to all keys' scores: the gradient of their bias is rounding."""
+    found = measured(First(digits(), 6), TangentKernel(3, alignment=True, centred=centred), 3, 3)
+    values = {scope: estimate.value for (name, scope), estimate in found.items() if name == "alignment"}
+    keys = {scope for scope in values if scope.endswith("key.bias")}
+    assert keys
+    assert all(math.isnan(values[scope]) for scope in keys)
+    assert not any(math.isnan(value) for scope, value in values.items() if scope.endswith("key.weight"))
+
+
 @pytest.mark.parametrize(("kind", "exact"), [("real", 0.944911), ("random", 0.5)])
 def test_known_alignments_of_the_toy(kind: str, exact: float) -> None:
     found = measured(ToyWithTargets(kind), TangentKernel(150, alignment=True, centred=False))["alignment", "all"]

@@ -27,6 +27,7 @@ from gradscale.sketches.dimensions import check_dim
 
 UNIT = "output unit^2 / parameter unit^2"
 _ROUNDING = 1e-5  # of sums of gradients in float32, relative
+_NOTHING = 1e-7  # of the largest parameter's: gradients that are rounding alone
 
 
 @dataclass(frozen=True)
@@ -137,18 +138,23 @@ def change_of_vectors(state: TangentState, probes: int, centred: bool) -> tuple[
 def grams_of(state: TangentState, change: Tensor) -> dict[str, Tensor]:
     """[1 + N, 1 + N] of every parameter, by its scope: the products w^T K w' of y and the probes.
 
-    Zero where all that centring leaves is rounding: the bias of a last layer has one Jacobian for all examples.
+    Zero where all there is, or all that centring leaves, is rounding beside the largest parameter or what was centred:
+    outputs do not depend on an attention's key bias, and the bias of a last layer has one Jacobian for all examples.
     """
     outputs = change.shape[1] - change.shape[0]
     names = [TARGET, *(probe_name(j) for j in range(len(change) - 1)), *(output_name(c) for c in range(outputs))]
     prefix = TARGET + SEPARATOR
     found: dict[str, Tensor] = {}
+    scales: dict[str, float] = {}
     for layer in sorted(key.removeprefix(prefix) for key in state.gradients if key.startswith(prefix)):
         before = torch.stack([state.gradients[f"{name}{SEPARATOR}{layer}"] for name in names])
         sums = change @ before
-        gram = sums @ sums.mT
-        cancelled = gram.diagonal().max() <= (_ROUNDING * before.norm(dim=1).max()) ** 2
-        found[f"layer:{layer}"] = torch.zeros_like(gram) if cancelled else gram
+        found[f"layer:{layer}"] = sums @ sums.mT
+        scales[f"layer:{layer}"] = float(before.norm(dim=1).max())
+    largest = max(math.sqrt(float(gram.diagonal().max())) for gram in found.values())
+    for scope, gram in found.items():
+        if gram.diagonal().max() <= max(_ROUNDING * scales[scope], _NOTHING * largest) ** 2:
+            gram.zero_()
     return found
 
 

@@ -13,7 +13,8 @@ class ReadyTask(NamedTuple):
 READY: dict[str, ReadyTask] = {
     "digits": ReadyTask(
         "gradscale.tasks.digits:Digits",
-        "a small ViT on scikit-learn's handwritten digits; --data true-labels (default) or permuted-labels",
+        "a small ViT on scikit-learn's handwritten digits; --data true-labels (default) or permuted-labels; "
+        "options label_noise, noise_seed, split, size, width, depth",
     ),
     "classification": ReadyTask(
         "gradscale.tasks.classification:Classification",
