@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from problems import ModelAtHand
+from run_problems import Regression
 from torch import Tensor, nn
 
 import gradscale as gs
@@ -122,3 +125,19 @@ def test_excluded_parameters_are_left_out_and_recorded(tmp_path: Path, local_ray
 def test_an_unknown_excluded_parameter_is_refused() -> None:
     with pytest.raises(gs.GradscaleError, match=r"exclude must name trainable parameters, got nothing\.here"):
         prepare(Padded(), None, None, exclude=["nothing.here"])
+
+
+@pytest.mark.parametrize(("shard_size", "told"), [(24, True), (4, False)])
+def test_a_run_of_a_single_shard_is_told_that_it_will_have_no_jackknife(
+    shard_size: int, told: bool, local_ray: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    measures = [gs.Coherence(), gs.GaussianWidth(4)]
+    with caplog.at_level(logging.WARNING, logger="gradscale"):
+        run = gs.measure(Regression(), str(tmp_path / "run"), measures, workers=1, microbatch=4, shard_size=shard_size)
+    advice = (
+        "so that coherence will have no standard errors, which come from leaving shards out; --shard-size 4 gives 6"
+    )
+    assert (advice in caplog.text) == told
+    errors = run.estimates().set_index(["name", "scope"])["stderr"]
+    assert math.isnan(errors["alpha", "all"]) == told
+    assert errors["width", "all"] > 0

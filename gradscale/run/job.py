@@ -25,6 +25,7 @@ from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.measure import Measure, statistic_of
 from gradscale.measures.settings import check_measures, json_values, plain_fields, settings_of
 from gradscale.run.cluster import Resources, ray_session
+from gradscale.run.notices import covered, one_block, underflow
 from gradscale.run.plan import Plan, check_positive, differences
 from gradscale.run.pool import Failure, Pool
 from gradscale.run.probe_products import check_probe_products
@@ -112,7 +113,9 @@ def measure(
     with ray_session(address, workers, resources), Pool(job, workers, resources) as pool:
         description = pool.call("describe", steps[0].path, shard_size)
         plan = _plan(job, name, options, steps, description, seed, shard_size)
-        _LOG.info("%s", _covered(plan))
+        _LOG.info("%s", covered(plan))
+        if notice := one_block(plan, job.measures):
+            _LOG.warning("%s", notice)
         if description.probe_products.way == "forward":
             _LOG.info("products with probes come from forward mode: %s", description.probe_products.why)
         _check_workers(workers, plan)
@@ -239,7 +242,7 @@ def _measure_units(
     tell()
     failures = pool.map("measure", [(plan, unit) for unit in units], commit)
     if underflown["coarse"]:
-        _LOG.warning("%s", _underflow(underflown, plan.sketch_dtype))
+        _LOG.warning("%s", underflow(underflown, plan.sketch_dtype))
     for failure in failures:
         unit = failure.item[1]
         record = {**dataclasses.asdict(unit), "attempts": failure.attempts, "error": str(failure.error)}
@@ -268,25 +271,6 @@ def _report_failures(failures: Sequence[Failure]) -> None:
             f"{len(failures)} shards failed; the others are committed, and steps without all their shards have no "
             "estimates. Run the same command again to try them anew.\n  " + "\n  ".join(lines)
         )
-
-
-def _underflow(counts: Mapping[str, int], dtype: str | None) -> str:
-    return (
-        f"{counts['coarse']:,} entries of sketches are too small for all the digits of {dtype}, and "
-        f"{counts['zeroed']:,} of them are stored as 0; sketch_error in the estimates tells what that does to cosines, "
-        "--sketch-dtype float32 avoids it"
-    )
-
-
-def _covered(plan: Plan) -> str:
-    """The coverage report in one line; `gradscale plan` has it in full."""
-    entries: Counter[str] = Counter()
-    for parameter in plan.parameters.values():
-        entries[parameter["rule"]] += math.prod(parameter["shape"])
-    total = sum(entries.values())
-    rules = ", ".join(f"{rule} {share / total:.1%}" for rule, share in entries.most_common())
-    left_out = f"; left out by name: {', '.join(plan.excluded)}" if plan.excluded else ""
-    return f"measuring {total:,} entries in {len(plan.parameters)} parameters, by rule: {rules}{left_out}"
 
 
 def _check_workers(workers: int, plan: Plan) -> None:
