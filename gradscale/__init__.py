@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gradscale.measures.dispersion import Dispersion as Dispersion
     from gradscale.measures.effective_gram import EffectiveGram as EffectiveGram
     from gradscale.measures.featurizer import FeaturizerWidth as FeaturizerWidth
+    from gradscale.measures.frame import estimates_frame as estimates_frame
     from gradscale.measures.gaussian_width import GaussianWidth as GaussianWidth
     from gradscale.measures.geometric_complexity import GeometricComplexity as GeometricComplexity
     from gradscale.measures.gram_width import width_of_gram as width_of_gram
@@ -65,6 +66,7 @@ _HOMES = {
     "Dispersion": "gradscale.measures.dispersion",
     "EffectiveGram": "gradscale.measures.effective_gram",
     "FeaturizerWidth": "gradscale.measures.featurizer",
+    "estimates_frame": "gradscale.measures.frame",
     "GaussianWidth": "gradscale.measures.gaussian_width",
     "GeometricComplexity": "gradscale.measures.geometric_complexity",
     "width_of_gram": "gradscale.measures.gram_width",

@@ -15,7 +15,9 @@ from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import duckdb
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.stats
 import torch
@@ -414,6 +416,19 @@ def test_signs_between_training_and_validation(two: tuple[gs.Run, gs.Run]) -> No
     labels = np.arange(12) % 3
     assert found["sign", "class:2,0"].value == pytest.approx(values[np.ix_(labels == 2, labels == 0)].mean())
     assert found["sign", "all"].n == 24
+
+
+def test_estimates_become_a_table_like_a_runs_own(two: tuple[gs.Run, gs.Run], tmp_path: Path) -> None:
+    train = two[0]
+    frame = gs.estimates_frame(gs.stiffness_between(train, train, 0).first, "stiffness")
+    frame.to_parquet(tmp_path / "first.parquet")
+    stored = duckdb.sql(f"select * from '{tmp_path}/first.parquet' order by name, scope").df()
+    own = train.estimates()
+    own = own[own["measure"] == "stiffness"]
+    assert list(stored.columns) == list(own.columns)
+    own = own.sort_values(["name", "scope"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(stored, own, check_dtype=False, rtol=1e-12)
+    assert len(stored[stored["scope"].str.startswith("class:")]) == 6  # of three classes
 
 
 def test_runs_that_cannot_be_paired(two: tuple[gs.Run, gs.Run], tmp_path: Path) -> None:
