@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gradscale.errors import OutOfMemory as OutOfMemory
     from gradscale.errors import ShardsFailed as ShardsFailed
     from gradscale.measures.coherence import Coherence as Coherence
+    from gradscale.measures.curvature import Curvature as Curvature
     from gradscale.measures.dispersion import Dispersion as Dispersion
     from gradscale.measures.effective_gram import EffectiveGram as EffectiveGram
     from gradscale.measures.featurizer import FeaturizerWidth as FeaturizerWidth
@@ -63,6 +64,7 @@ _HOMES = {
     "OutOfMemory": "gradscale.errors",
     "ShardsFailed": "gradscale.errors",
     "Coherence": "gradscale.measures.coherence",
+    "Curvature": "gradscale.measures.curvature",
     "Dispersion": "gradscale.measures.dispersion",
     "EffectiveGram": "gradscale.measures.effective_gram",
     "FeaturizerWidth": "gradscale.measures.featurizer",

@@ -23,11 +23,13 @@ from gradscale.errors import GradscaleError
 from gradscale.grads.layer import DenseGrads
 from gradscale.grads.readings import GradientSums, Projected, Sums
 from gradscale.measures.coherence import Coherence
+from gradscale.measures.curvature import Curvature
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.effective_gram import EffectiveGram
 from gradscale.measures.exact_sum import total_of
 from gradscale.measures.gaussian_width import GaussianWidth
 from gradscale.measures.geometric_complexity import GeometricComplexity
+from gradscale.measures.hessian_probes import HessianState
 from gradscale.measures.measure import Estimate, Gathering, Measure, MicroBatch, OverSteps, Statistic, statistic_of
 from gradscale.measures.moments import MomentsStatistic
 from gradscale.measures.perturbation import BatchMeans, draws_of
@@ -56,6 +58,7 @@ BESIDE = (
     Sensitivity(num_draws=2),
     Sharpness(num_draws=2),
     WorstCase(num_steps=2),
+    Curvature(2, frobenius=True),
 )
 STATISTICS: list[Statistic[Any]] = [
     MomentsStatistic(),
@@ -646,7 +649,7 @@ def with_beside(batch: MicroBatch) -> MicroBatch:
 
 def gathered_of(grads: Tensor) -> dict[Gathering[Any], Any]:
     """What stands in for that of a microbatch with these gradients; none of several fields is that of another."""
-    _, tangent, sensitivity, sharpness, worst_case = BESIDE
+    _, tangent, sensitivity, sharpness, worst_case, curvature = BESIDE
     means, draws = means_of(grads[:, 3:6].square()), draws_of(grads[:, 4:6])
     sums = {f"{vector}|a": factor * grads.sum(dim=0) for vector, factor in (("target", 1.0), ("probe:0000", 2.0))}
     half = torch.arange(len(grads)) % 2
@@ -659,6 +662,11 @@ def gathered_of(grads: Tensor) -> dict[Gathering[Any], Any]:
         sensitivity.gathering: SensitivityState(*draws, torch.bincount(half, minlength=2), sums),
         sharpness.gathering: AscentState(batches, ascents, torch.tensor(1.0, dtype=torch.float64)),
         worst_case.gathering: BatchMeans(batches, ascents),
+        curvature.gathering: HessianState(
+            {"a": total_of(grads[:, :2])},
+            torch.bincount(half, minlength=2),
+            {f"{h}|0000|a": grads[half == h].sum(dim=0) for h in range(2)},
+        ),
     }
 
 

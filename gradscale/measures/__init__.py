@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from gradscale.measures.coherence import Coherence
+from gradscale.measures.curvature import Curvature
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.effective_gram import EffectiveGram
 from gradscale.measures.featurizer import FeaturizerWidth
@@ -15,7 +16,7 @@ from gradscale.measures.tangent_kernel import TangentKernel
 from gradscale.measures.worst_case import WorstCase
 
 _Gradients = Coherence | Dispersion | EffectiveGram | GaussianWidth | Stiffness
-_Beside = FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel | WorstCase
+_Beside = Curvature | FeaturizerWidth | GeometricComplexity | Sensitivity | Sharpness | TangentKernel | WorstCase
 
 MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "coherence": Coherence,
@@ -29,4 +30,5 @@ MEASURES: dict[str, type[_Gradients | _Beside]] = {
     "sensitivity": Sensitivity,
     "sharpness": Sharpness,
     "worst_case": WorstCase,
+    "curvature": Curvature,
 }

@@ -11,7 +11,9 @@ SENSITIVITY_SOURCE = ("Neu et al. (2021), COLT", "https://proceedings.mlr.press/
 AVERAGE_SOURCE = ("Andriushchenko et al. (2023), arXiv:2302.07011", "https://arxiv.org/abs/2302.07011")
 ADAPTIVE_SOURCE = ("Kwon et al. (2021), arXiv:2102.11600", "https://arxiv.org/abs/2102.11600")
 WORST_SOURCE = ("Keskar et al. (2017), arXiv:1609.04836", "https://arxiv.org/abs/1609.04836")
+HUTCHINSON_SOURCE = ("Hutchinson (1990), Commun. Stat. Simul. Comput. 19", "https://doi.org/10.1080/03610919008812866")
 SAM_SOURCE = ("Foret et al. (2021), arXiv:2010.01412", "https://arxiv.org/abs/2010.01412")
+HALVES_ERROR = "Standard error: over probes; the noise of the two halves of the data is not in it."
 
 PROBED: tuple[Quantity, ...] = (
     Quantity(
@@ -109,6 +111,47 @@ PROBED: tuple[Quantity, ...] = (
         "sharpness", "weight_norm", "Norm of the weights", "norm of the weights", "|w|",
         "Of the parameters measured. Rescaling weights without changing the function changes the sharpness, unless it "
         "is adaptive: look at both.", plotted=False, apart=True,
+    ),
+    Quantity(
+        "curvature", "trace", "Trace of the Hessian", "trace of the Hessian", "tr H = E vᵀHv",
+        "The sum of the Hessian's eigenvalues, of the mean loss in the measured parameters: how much curvature is in "
+        "all directions together. Rescaling weights without changing the function changes it.",
+        "Standard error: over examples as a sample of a population, and over probes.", HUTCHINSON_SOURCE, apart=True,
+    ),
+    Quantity(
+        "curvature", "trace_sample", "Trace of the Hessian of the examples measured",
+        "trace of the Hessian of the examples measured", "tr H = E vᵀHv",
+        "The same value, for these examples alone.", PROBES, HUTCHINSON_SOURCE, plotted=False, apart=True,
+    ),
+    Quantity(
+        "curvature", "frobenius", "Frobenius norm of the Hessian", "Frobenius norm of the Hessian",
+        "|H| = (Σ λ²)^½ = (E |Hv|²)^½",
+        "The root of the sum of the Hessian's squared eigenvalues, from products with two halves of the data, so that "
+        "the noise of the data does not add to it.",
+        HALVES_ERROR, HUTCHINSON_SOURCE, apart=True, beside=("frobenius_sample", "of the examples measured"),
+    ),
+    Quantity(
+        "curvature", "frobenius_sq", "Squared Frobenius norm of the Hessian", "squared Frobenius norm of the Hessian",
+        "|H|² = E ⟨H_A v, H_B v⟩", "Without bias, so that it can be negative.", HALVES_ERROR, HUTCHINSON_SOURCE,
+        plotted=False, apart=True,
+    ),
+    Quantity(
+        "curvature", "frobenius_sample", "Frobenius norm of the Hessian of the examples measured",
+        "Frobenius norm of the Hessian of the examples measured", "(E |Hv|²)^½",
+        "For these examples alone: larger than that of a population.", PROBES, HUTCHINSON_SOURCE,
+        plotted=False, apart=True,
+    ),
+    Quantity(
+        "curvature", "ellipsoid", "Width of the Hessian's ellipsoid", "width of the Hessian's ellipsoid",
+        "E |Hg|, g ~ N(0, I)",
+        "Times R, the Gaussian width of the gradients in a ball of radius R around the weights, to first order. From "
+        "products with two halves of the data: a little too small where these are noisy.",
+        HALVES_ERROR, WIDTH_SOURCE, apart=True, beside=("ellipsoid_sample", "of the examples measured"),
+    ),
+    Quantity(
+        "curvature", "ellipsoid_sample", "Width of the ellipsoid of the examples measured",
+        "width of the ellipsoid of the examples measured", "E |Hg|, g ~ N(0, I)",
+        "For these examples alone: larger than that of a population.", PROBES, WIDTH_SOURCE, plotted=False, apart=True,
     ),
     Quantity(
         "sketch_error", "cosine_rms_error", "Error of the sketches' cosines", "error of the sketches' cosines",
