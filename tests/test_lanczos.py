@@ -363,3 +363,10 @@ def test_probes_of_no_kind() -> None:
         GradscaleError, match=r"kind of probes must be one of gaussian, rademacher, got sphere; gaussian"
     ):
         FlatProbes(range(3), kind="sphere")
+
+
+def test_scalars_leave_the_vectors_as_they_are() -> None:
+    operator, vectors = DenseOperator(torch.eye(5, dtype=torch.float64)), torch.arange(10.0).double().view(2, 5)
+    before = vectors.clone()
+    torch.testing.assert_close(norms(operator, vectors).square(), dots(operator, vectors, vectors).diagonal())
+    assert torch.equal(vectors, before)

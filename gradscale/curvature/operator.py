@@ -58,7 +58,7 @@ def norms(operator: Operator, vectors: Tensor) -> Tensor:
     total = vectors.new_zeros(len(vectors), dtype=torch.float64)
     width = max(1, _BLOCK // max(1, len(vectors)))
     for start in range(0, vectors.shape[1], width):
-        total += vectors[:, start : start + width].double().square_().sum(dim=1)
+        total += vectors[:, start : start + width].double().square().sum(dim=1)
     return operator.all_sum(total).sqrt()
 
 
