@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import gradscale as gs
 from gradscale.cli import main
 from gradscale.run.check import check_subject, compare_alone
+from gradscale.run.plan import Plan
 from gradscale.run.shard import prepare
 from gradscale.task import TensorExamples
 
@@ -141,3 +142,9 @@ def test_a_run_of_a_single_shard_is_told_that_it_will_have_no_jackknife(
     errors = run.estimates().set_index(["name", "scope"])["stderr"]
     assert math.isnan(errors["alpha", "all"]) == told
     assert errors["width", "all"] > 0
+
+
+def test_the_plan_of_another_version_says_what_to_do() -> None:
+    for text in ('{"task": "digits", "examples": 4}', '{"no": "plan"}', "[]", "not json"):
+        with pytest.raises(gs.GradscaleError, match=r"of this version of gradscale, got .*; take another --out"):
+            Plan.from_json(text)

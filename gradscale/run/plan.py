@@ -96,7 +96,10 @@ class Plan:
             found.setdefault("sketch_dtype", "float32" if found.get("sketch") else None)  # of before there was a choice
             return cls(**found)
         except (ValueError, TypeError, AttributeError) as error:
-            raise GradscaleError(f"run.json must hold the plan of a gradscale run, got {error}") from error
+            raise GradscaleError(
+                f"run.json must hold the plan of a run of this version of gradscale, got {error}; take another --out, "
+                "the files of the run stay readable as Parquet"
+            ) from error
 
 
 def differences(old: Plan, new: Plan) -> list[str]:
