@@ -16,9 +16,10 @@ import torch
 from bench_gradients import Timing, machine, timed
 from torch import Tensor, nn
 
+from gradscale.grads.subject import load_batch
 from gradscale.measures.settings import parse_measures
 from gradscale.run.fold import statistics_of
-from gradscale.run.shard import Subject, bound, load_batch, prepare, run_shard
+from gradscale.run.shard import Subject, bound, prepare, run_shard
 from gradscale.sketches import parse_sketch
 from gradscale.task import Batch, TensorExamples, load_task
 

@@ -29,9 +29,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, Projected, Readings, SquaredNorms
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.run.check import check_subject
-from gradscale.run.shard import labels_of, load_batch, prepare, run_shard
+from gradscale.run.shard import labels_of, prepare, run_shard
 from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch
 from gradscale.tasks.digits import Digits
 

@@ -22,6 +22,7 @@ from run_problems import WithLock
 from torch import Tensor, nn
 
 import gradscale as gs
+from gradscale.grads.subject import load_batch
 from gradscale.measures.effective_gram_dense import (
     EffectiveGramMatrix,
     Linearized,
@@ -39,7 +40,7 @@ from gradscale.measures.leave_out_path import (
 from gradscale.run.leave_out_plan import check_gram_size, choose_blocks
 from gradscale.run.leave_out_training import Training, describe, train_for_gram, train_full, train_without
 from gradscale.run.linearize import check_by_outputs, linearize
-from gradscale.run.shard import load_batch, prepare
+from gradscale.run.shard import prepare
 from gradscale.task import TensorExamples
 
 TOLERANCE = 1e-12

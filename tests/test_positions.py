@@ -17,9 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, SquaredNorms
-from gradscale.grads.subject import read_batch
+from gradscale.grads.subject import load_batch, read_batch
 from gradscale.run.check import check_subject, compare_alone
-from gradscale.run.shard import load_batch, prepare
+from gradscale.run.shard import prepare
 
 VOCABULARY, LONGEST, E = 7, 12, 4
 Use = Callable[[Tensor, Tensor], Tensor]  # of the tokens [B, T, E] and the positions [T, E]

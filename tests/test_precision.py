@@ -39,10 +39,10 @@ from gradscale.grads.layer import (
     materialize,
 )
 from gradscale.grads.readings import GradientSums, SquaredNorms
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.grads.sweep import sq_norms, weighted_sum
 from gradscale.run.check import check_subject, compare_alone
-from gradscale.run.shard import load_batch, prepare
+from gradscale.run.shard import prepare
 from gradscale.task import Batch
 
 pytestmark = [

@@ -12,8 +12,9 @@ from run_problems import FewDigits, Given, Regression, save_digits
 from test_before_a_run import run_command
 
 import gradscale as gs
+from gradscale.grads.subject import load_batch
 from gradscale.run.check import autograd
-from gradscale.run.shard import load_batch, prepare, run_shard
+from gradscale.run.shard import prepare, run_shard
 from gradscale.run.sketch_error import ErrorState, SketchError, exact_gram, sketch_error
 from gradscale.sketches import parse_sketch
 from gradscale.store.narrow import narrowed

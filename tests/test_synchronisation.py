@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, Readings, SquaredNorms
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.grads.waiting import Doubts
-from gradscale.run.shard import ShardResult, labels_of, load_batch, prepare, run_shard
+from gradscale.run.shard import ShardResult, labels_of, prepare, run_shard
 from gradscale.tasks.digits import DigitsViT
 
 B = 4

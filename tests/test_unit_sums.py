@@ -22,14 +22,14 @@ from torch.nn import functional as F
 
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import GradientSums, Projected, Reading, Readings, SquaredNorms, has_norm_above, passes
-from gradscale.grads.subject import read_batch
+from gradscale.grads.subject import load_batch, read_batch
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.measure import MicroBatch
 from gradscale.measures.moments import MomentsStatistic
 from gradscale.report.forecasts import forecast_lines
 from gradscale.run.forecast import forecast
 from gradscale.run.job import _reads_labels
-from gradscale.run.shard import load_batch, prepare, run_shard
+from gradscale.run.shard import prepare, run_shard
 from gradscale.sketches.gaussian import GaussianProbes
 
 n = 9

@@ -35,7 +35,7 @@ from torch.utils.checkpoint import checkpoint
 import gradscale as gs
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import Projected
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.measures.exact_sum import add_totals, total_of, value_of
 from gradscale.measures.featurizer import FeaturizerWidth
 from gradscale.measures.gaussian_width import GaussianWidth, WidthState, state_of
@@ -53,7 +53,7 @@ from gradscale.measures.measure import Estimate
 from gradscale.run.features import featurizer_width
 from gradscale.run.forward import forward_products
 from gradscale.run.probe_products import check_forward, forward_is_cheaper
-from gradscale.run.shard import load_batch, prepare, run_shard
+from gradscale.run.shard import prepare, run_shard
 from gradscale.run.widths import _interval
 from gradscale.sketches.count import CountSketch
 from gradscale.sketches.gaussian import GaussianProbes, GaussianSketch

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gradscale.curvature.layout import gaussian, rademacher
 from gradscale.curvature.operators import CovarianceOperator, GaussNewtonOperator, HessianOperator
 from gradscale.curvature.products import add_gradients, move, norm, restored
 from gradscale.curvature.stream import Stream
 from gradscale.errors import GradscaleError
+from gradscale.grads.modes import check_mode
 
 _ASYMMETRY = 1e-3  # of random vectors, relative; what finite differences and rounding do is allowed beside it
 _SLACK = 1e-2
@@ -64,21 +65,6 @@ def self_test(operator: HessianOperator | GaussNewtonOperator | CovarianceOperat
             "the model has a wrong second derivative: take backend finite_differences"
         )
     return SelfTest(asymmetry, repeat, _check_weights(here, torch.stack([u, v]), first, seed))
-
-
-def check_mode(model: nn.Module) -> None:
-    """Raises: GradscaleError if a BatchNorm or an active dropout is in training mode."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise GradscaleError(
-                f"dropout {name} must be off, got p={module.p} in training mode, under which every product is of "
-                "another function; return model.eval() from task.model()"
-            )
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise GradscaleError(
-                f"BatchNorm {name} must be in eval mode with running statistics, got batch statistics, under which the "
-                "Hessian depends on the microbatches; return model.eval() from task.model()"
-            )
 
 
 def _check_weights(

@@ -19,17 +19,10 @@ from torch.utils import _pytree as pytree
 
 from gradscale.curvature.layout import Layout
 from gradscale.curvature.products import add_parts
-from gradscale.curvature.stream import (
-    Caller,
-    Microbatch,
-    called,
-    differentiable_attention,
-    load_forward_derivatives,
-    loss_at,
-    summed,
-)
+from gradscale.curvature.stream import Microbatch, loss_at, summed
 from gradscale.errors import GradscaleError
 from gradscale.grads.call import float_tensors
+from gradscale.grads.functional import Caller, called, differentiable_attention, load_forward_derivatives
 from gradscale.grads.subject import Subject
 from gradscale.task import check_rows
 
@@ -91,7 +84,7 @@ def _split_along(
 ) -> tuple[Split, list[Tensor]]:
     """`split`, and J v for the vector v of which each parameter has a part in `along`."""
     load_forward_derivatives()
-    caller = Caller(subject, lambda model, m: _cut(subject, m))
+    caller = Caller(subject.model, lambda model, m: _cut(subject, m))
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(p, v.to(p.dtype)) for p, v in zip(parameters, along, strict=True)]
         outputs, leaves, loss = called(caller, parameters, duals, microbatch)
@@ -197,7 +190,7 @@ def _forward(
 ) -> list[Tensor]:
     """J v, a tensor for each output."""
     load_forward_derivatives()
-    caller = Caller(subject, lambda model, m: _outputs(subject, model, m))
+    caller = Caller(subject.model, lambda model, m: _outputs(subject, model, m))
 
     def outputs(values: tuple[Tensor, ...]) -> list[Tensor]:
         found: list[Tensor] = called(caller, parameters, values, microbatch)

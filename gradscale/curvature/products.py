@@ -16,17 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from gradscale.curvature.layout import Layout
-from gradscale.curvature.stream import (
-    Caller,
-    Microbatch,
-    Stream,
-    called,
-    differentiable_attention,
-    load_forward_derivatives,
-    loss_at,
-    summed,
-)
+from gradscale.curvature.stream import Microbatch, Stream, loss_at, summed
 from gradscale.errors import GradscaleError
+from gradscale.grads.functional import Caller, called, differentiable_attention, load_forward_derivatives
 from gradscale.grads.subject import Subject
 
 
@@ -60,7 +52,7 @@ def add_forward_over_backward(subject: Subject, microbatch: Microbatch, vectors:
     """
     load_forward_derivatives()
     layout, parameters = Layout.of(subject.parameters), list(subject.parameters.values())
-    caller = Caller(subject, lambda model, m: summed(subject.task.losses(model, m.batch), m))
+    caller = Caller(subject.model, lambda model, m: summed(subject.task.losses(model, m.batch), m))
 
     def loss(values: tuple[Tensor, ...]) -> Tensor:
         value: Tensor = called(caller, parameters, values, microbatch)

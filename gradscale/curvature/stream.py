@@ -1,27 +1,20 @@
-"""The examples that an operator is a mean over, one microbatch after another, and the model called with other weights.
+"""The examples that an operator is a mean over, one microbatch after another.
 
 Shapes: B examples of a microbatch, n of all.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradscale.curvature.layout import Layout
 from gradscale.errors import GradscaleError
 from gradscale.grads.capture import check_losses
-from gradscale.grads.subject import Subject
-from gradscale.grads.waiting import sent
+from gradscale.grads.subject import Subject, load_batch
 from gradscale.task import Batch, batch_size
 
 
@@ -82,21 +75,7 @@ class Stream:
         for start in range(0, len(self.ids), self.microbatch):
             ids = self.ids[start : start + self.microbatch]
             weights = None if self.weights is None else self.weights[start : start + self.microbatch].double()
-            yield Microbatch(ids, load(self.subject, ids), weights)
-
-
-def load(subject: Subject, ids: range) -> Batch:
-    """The examples `ids` on the subject's device.
-
-    Raises: GradscaleError if the batch does not have one row for each of them.
-    """
-    batch = subject.examples.batch(ids)
-    wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.shape[:1] != (len(ids),)}
-    if wrong or not batch:
-        raise GradscaleError(
-            f"examples.batch must return tensors with {len(ids)} rows for {ids}, got {wrong or 'none'}"
-        )
-    return {name: sent(tensor, subject.device) for name, tensor in batch.items()}
+            yield Microbatch(ids, load_batch(self.subject, ids), weights)
 
 
 def summed(losses: Tensor, microbatch: Microbatch) -> Tensor:
@@ -118,53 +97,3 @@ def loss_at(subject: Subject, microbatch: Microbatch) -> Tensor:
             "torch.no_grad() and without .detach()"
         )
     return value
-
-
-class Caller(nn.Module):
-    """A function of a model and a batch as a module's forward, so that the model can be called with other weights."""
-
-    def __init__(self, subject: Subject, function: Any) -> None:
-        super().__init__()
-        self.model, self._function = subject.model, function
-        self.training = subject.model.training
-
-    def forward(self, microbatch: Microbatch) -> Any:
-        return self._function(self.model, microbatch)
-
-
-def called(caller: Caller, parameters: Sequence[nn.Parameter], values: Sequence[Tensor], microbatch: Microbatch) -> Any:
-    """What the function gives with `values` in the place of the `parameters`, wherever one is used."""
-    there = dict(zip(parameters, values, strict=True))
-    return functional_call(caller, _everywhere(caller, there), (microbatch,), tie_weights=False)
-
-
-def _everywhere(caller: nn.Module, values: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    """Each value at every place where its parameter is, a module that has two names being one place.
-
-    Left to find tied parameters itself, `functional_call` puts such a module's own parameters not back (torch 2.13).
-    """
-    return {
-        f"{path}.{name}": values[parameter]
-        for path, module in caller.named_modules()
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter in values
-    }
-
-
-def load_forward_derivatives() -> None:
-    """At its first dual tensor torch compiles some derivatives with torch.jit, of whose end it then warns."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Of the ways to compute attention, the one that has a second and a forward derivative: B heads T^2 scores held."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import Site
 from gradscale.grads.readings import Reading, Readings, Totals, read_gradients
-from gradscale.grads.waiting import Doubts
+from gradscale.grads.waiting import Doubts, sent
 from gradscale.task import Batch, Examples, Task, batch_size
 
 
@@ -59,3 +60,26 @@ def read_batch(
         totals,
         doubts,
     )
+
+
+def load_batch(subject: Subject, ids: range) -> Batch:
+    """The examples `ids` on the subject's device.
+
+    Raises: GradscaleError if the batch does not have one row for each of them.
+    """
+    return sent_batch(subject, fetched_batch(subject, ids))
+
+
+def fetched_batch(subject: Subject, ids: range) -> Batch:
+    """The examples `ids` where `subject.examples` has them: on the host."""
+    batch = subject.examples.batch(ids)
+    wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.shape[:1] != (len(ids),)}
+    if wrong or not batch:
+        raise GradscaleError(
+            f"examples.batch must return tensors with {len(ids)} rows for {ids}, got {wrong or 'none'}"
+        )
+    return batch
+
+
+def sent_batch(subject: Subject, batch: Batch) -> Batch:
+    return {name: sent(tensor, subject.device) for name, tensor in batch.items()}

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.functional import differentiable_attention
 from gradscale.grads.subject import Subject
 from gradscale.measures.exact_sum import add_totals, total_of
 from gradscale.measures.grouped import SEPARATOR, added
@@ -131,7 +131,7 @@ class HessianProbes:
         """Every probe v, and sum_i H_i v: both by parameter. The graph of the gradient is made once."""
         parameters = list(subject.parameters.values())
         try:
-            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            with differentiable_attention(), torch.enable_grad():
                 loss = subject.task.losses(subject.model, batch).sum()
                 # a seed with a gradient: without one, what can be differentiated only once leaves no trace in the graph
                 seed = torch.ones_like(loss, requires_grad=True)

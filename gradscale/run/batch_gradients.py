@@ -14,15 +14,15 @@ from torch import nn
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import select_parameters
+from gradscale.grads.modes import check_dropout
 from gradscale.grads.readings import GradientSums
-from gradscale.grads.subject import Subject
+from gradscale.grads.subject import Subject, load_batch
 from gradscale.measures.coherence import alpha
 from gradscale.measures.measure import Estimate, Estimates, MicroBatch
 from gradscale.measures.moments import Moments, MomentsState, MomentsStatistic, jackknife, moments
 from gradscale.run.check import autograd
 from gradscale.run.memory import explaining_memory
 from gradscale.run.plan import check_positive
-from gradscale.run.shard import check_dropout, load_batch
 from gradscale.task import Task
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from gradscale.errors import GradscaleError
 from gradscale.grads.call import float_tensors
 from gradscale.grads.readings import GradientSums, Readings, SquaredNorms
-from gradscale.grads.subject import Subject, read_batch
-from gradscale.run.shard import labels_of, load_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
+from gradscale.run.shard import labels_of
 from gradscale.task import Batch, batch_size
 
 _EXAMPLES = 4

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.measures.measure import Estimate, Estimates, Measure, MicroBatch, OverSteps, Statistic, statistic_of
 from gradscale.measures.settings import check_measures
 from gradscale.run import laws
 from gradscale.run.observations import BesideReader
-from gradscale.run.shard import finite_part, labels_of, load_batch, needs_of, prepare
+from gradscale.run.shard import finite_part, labels_of, needs_of, prepare
 from gradscale.task import Batch, Task, TensorExamples
 
 _SIZES = (4, 3, 1, 5, 2, 4, 3)  # of the microbatches

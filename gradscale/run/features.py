@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from gradscale.grads.modes import check_mode
 from gradscale.grads.subject import Subject
 from gradscale.measures.featurizer import FeaturizerWidth, state_of_finite
 from gradscale.measures.measure import Estimate
 from gradscale.run.memory import explaining_memory
 from gradscale.run.plan import check_positive
-from gradscale.run.shard import check_mode
 from gradscale.task import Task
 
 

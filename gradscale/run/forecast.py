@@ -11,12 +11,12 @@ from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import passes
-from gradscale.grads.subject import Subject
+from gradscale.grads.subject import Subject, load_batch
 from gradscale.measures.measure import Statistic
 from gradscale.run.check import check_subject
 from gradscale.run.observations import gatherings_of, observations_of
 from gradscale.run.probe_products import Choice, choose
-from gradscale.run.shard import ShardResult, bound, load_batch, needs_of, run_shard
+from gradscale.run.shard import ShardResult, bound, needs_of, run_shard
 from gradscale.sketches import Sketch
 from gradscale.store.narrow import DTYPES, check_dtype
 

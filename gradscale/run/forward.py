@@ -8,20 +8,16 @@ Shapes: B examples, n of several batches, P entries of all parameters, N probes,
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.functional import Caller, called, differentiable_attention, load_forward_derivatives
 from gradscale.grads.readings import Projected, Reading
-from gradscale.grads.subject import Subject
-from gradscale.grads.waiting import sent
+from gradscale.grads.subject import Subject, sent_batch
 from gradscale.sketches.gaussian import TOGETHER, GaussianProbes
 from gradscale.task import Batch
 
@@ -44,10 +40,10 @@ def forward_products(subject: Subject, batches: Sequence[Batch], probes: Gaussia
     Raises: GradscaleError if an operation of the model has no forward derivative (in torch 2.13 on a CPU: LSTM in
     float32, EmbeddingBag, functions of its own without `jvp`), or nothing depends on the parameters.
     """
-    _load_derivatives()
-    caller = _Losses(subject)
+    load_forward_derivatives()
+    caller = Caller(subject.model, subject.task.losses)
     products = [
-        torch.cat([_derivative(caller, _there(batch, subject.device), subject.parameters, v) for batch in batches])
+        torch.cat([_derivative(caller, sent_batch(subject, batch), subject.parameters, v) for batch in batches])
         for v in _tangents(subject.parameters, probes)
     ]
     return torch.stack(products, dim=1)
@@ -93,33 +89,14 @@ def _tangents(parameters: Mapping[str, nn.Parameter], probes: GaussianProbes) ->
             }
 
 
-def _there(batch: Batch, device: torch.device) -> Batch:
-    return {name: sent(tensor, device) for name, tensor in batch.items()}
-
-
-class _Losses(nn.Module):
-    """The task's losses as a module's forward, so that the model can be called with other parameters."""
-
-    def __init__(self, subject: Subject) -> None:
-        super().__init__()
-        self.model, self._task = subject.model, subject.task
-        self.training = subject.model.training
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self._task.losses(self.model, batch)
-
-
 def _derivative(
-    caller: _Losses, batch: Batch, parameters: Mapping[str, nn.Parameter], tangents: Mapping[str, Tensor]
+    caller: Caller, batch: Batch, parameters: Mapping[str, nn.Parameter], tangents: Mapping[str, Tensor]
 ) -> Tensor:
     """[B] float64: the derivative of the losses along `tangents`."""
     with differentiable_attention(), torch.no_grad(), forward_ad.dual_level():
-        duals = {
-            parameter: forward_ad.make_dual(parameter.detach(), tangents[name])
-            for name, parameter in parameters.items()
-        }
+        duals = [forward_ad.make_dual(p.detach(), tangents[name]) for name, p in parameters.items()]
         try:
-            losses = functional_call(caller, _everywhere(caller, duals), (batch,), tie_weights=False)
+            losses = called(caller, list(parameters.values()), duals, batch)
         except (NotImplementedError, RuntimeError) as error:
             if not any(part in str(error).lower() for part in _MISSING):
                 raise
@@ -134,35 +111,3 @@ def _derivative(
             f"checkpoint hides them, or they are not used; {_REMEDY}"
         )
     return found.double()
-
-
-def _everywhere(caller: nn.Module, duals: Mapping[nn.Parameter, Tensor]) -> dict[str, Tensor]:
-    """Each dual tensor at every place where its parameter is, a module that has two names being one place.
-
-    Left to find tied parameters itself, `functional_call` puts such a module's own parameters not back (torch 2.13).
-    """
-    return {
-        f"{path}.{name}": duals[parameter]
-        for path, module in caller.named_modules()
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False)
-        if parameter in duals
-    }
-
-
-def _load_derivatives() -> None:
-    """At its first dual tensor torch compiles some derivatives with torch.jit, of whose end it then warns."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-@contextmanager
-def differentiable_attention() -> Iterator[None]:
-    """Of the ways to compute attention, those that have a forward derivative."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.modes import check_mode
 from gradscale.run.memory import explaining_memory
-from gradscale.run.shard import check_mode
 from gradscale.store.results import Run
 from gradscale.task import Batch, Task, check_rows, fingerprint
 

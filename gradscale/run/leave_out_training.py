@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.readings import GradientSums, SquaredNorms
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.measures.effective_gram_dense import EffectiveGramMatrix, Linearized, effective_gram
 from gradscale.measures.leave_out_path import FullPath, LeftOutPath
 from gradscale.run.check import Plain, autograd, check_subject
 from gradscale.run.linearize import check_by_outputs, linearize
-from gradscale.run.shard import load_batch, prepare
+from gradscale.run.shard import prepare
 from gradscale.task import Batch, Examples, Task
 
 _BY_BLOCK = GradientSums(by_class=True)

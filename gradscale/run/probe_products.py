@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gradscale.errors import GradscaleError
+from gradscale.grads.functional import differentiable_attention
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import Projected
-from gradscale.grads.subject import Subject, read_batch
+from gradscale.grads.subject import Subject, load_batch, read_batch
 from gradscale.grads.sweep import Request, read
 from gradscale.measures.measure import Statistic
-from gradscale.run.forward import differentiable_attention, forward_products, probes_in
+from gradscale.run.forward import forward_products, probes_in
 from gradscale.run.memory import is_out_of_memory
-from gradscale.run.shard import load_batch, needs_of
+from gradscale.run.shard import needs_of
 from gradscale.sketches.blocks import entries_kept
 from gradscale.sketches.gaussian import TOGETHER, GaussianProbes
 

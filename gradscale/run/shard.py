@@ -17,9 +17,10 @@ from torch.utils import _pytree as pytree
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import select_parameters, sites
+from gradscale.grads.modes import check_mode
 from gradscale.grads.readings import Projected, Reading, Readings, SquaredNorms, Totals
-from gradscale.grads.subject import Subject, read_batch
-from gradscale.grads.waiting import Doubts, sent
+from gradscale.grads.subject import Subject, fetched_batch, load_batch, read_batch, sent_batch
+from gradscale.grads.waiting import Doubts
 from gradscale.measures.identities import check_products, check_sums
 from gradscale.measures.measure import Gathering, MicroBatch, Observation, Statistic
 from gradscale.run.forward import finite_products, forward_products, probes_in
@@ -64,27 +65,6 @@ def prepare(
     return Subject(task, model, task.examples(), parameters, sites(model, parameters))
 
 
-def check_mode(model: nn.Module) -> None:
-    """Raises: GradscaleError if a BatchNorm or an active dropout is in training mode."""
-    check_dropout(model)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None):
-            raise GradscaleError(
-                f"BatchNorm {name} must be in eval mode with running statistics, got batch statistics, under which an "
-                "example has no gradient of its own; return model.eval() from task.model()"
-            )
-
-
-def check_dropout(model: nn.Module) -> None:
-    """Raises: GradscaleError if an active dropout is in training mode."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0:
-            raise GradscaleError(
-                f"dropout {name} must be off, got p={module.p} in training mode, under which a gradient is different "
-                "every time; return model.eval() from task.model()"
-            )
-
-
 def bound(sketch: Sketch | None, subject: Subject) -> BoundSketch | None:
     """The map of the subject's parameters.
 
@@ -118,29 +98,6 @@ def run_shard(
     check_sums(batch, ids, max(torch.finfo(parameter.dtype).eps for parameter in subject.parameters.values()))
     states = {statistic: statistic.update(statistic.init(), batch) for statistic in statistics}
     return ShardResult(_columns(ids, readings, labels, sketch), pytree.tree_map_only(Tensor, Tensor.cpu, states))
-
-
-def load_batch(subject: Subject, ids: range) -> Batch:
-    """The examples `ids` on the subject's device.
-
-    Raises: GradscaleError if the batch does not have one row for each of them.
-    """
-    return _sent(subject, _fetched(subject, ids))
-
-
-def _fetched(subject: Subject, ids: range) -> Batch:
-    """The examples `ids` where `subject.examples` has them: on the host."""
-    batch = subject.examples.batch(ids)
-    wrong = {name: tuple(tensor.shape) for name, tensor in batch.items() if tensor.shape[:1] != (len(ids),)}
-    if wrong or not batch:
-        raise GradscaleError(
-            f"examples.batch must return tensors with {len(ids)} rows for {ids}, got {wrong or 'none'}"
-        )
-    return batch
-
-
-def _sent(subject: Subject, batch: Batch) -> Batch:
-    return {name: sent(tensor, subject.device) for name, tensor in batch.items()}
 
 
 def labels_of(task: Task, batch: Batch) -> Tensor | None:
@@ -184,11 +141,13 @@ def _read_range(
         for start in range(0, len(ids), microbatch):
             part = slice(start, min(start + microbatch, len(ids)))
             with explaining_memory(microbatch):
-                on_host = _fetched(subject, ids[part])
+                on_host = fetched_batch(subject, ids[part])
                 classes = labels_of(subject.task, on_host)
                 labels += [classes] if classes is not None else []
                 left_out = exclude[part] if found else None
-                parts.append(read_batch(subject, _sent(subject, on_host), needs, classes, left_out, totals, doubts))
+                parts.append(
+                    read_batch(subject, sent_batch(subject, on_host), needs, classes, left_out, totals, doubts)
+                )
         if doubts is not None and doubts.justified():
             doubted = True
             continue
@@ -206,7 +165,7 @@ def _with_products(
     if not probes:
         return readings
     with explaining_memory(microbatch):
-        batches = [_fetched(subject, ids[start : start + microbatch]) for start in range(0, len(ids), microbatch)]
+        batches = [fetched_batch(subject, ids[start : start + microbatch]) for start in range(0, len(ids), microbatch)]
         found = {
             reading: finite_products(forward_products(subject, batches, vectors), readings.finite, ids)
             for reading, vectors in probes.items()

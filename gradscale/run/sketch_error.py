@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from gradscale.grads.capture import capture
 from gradscale.grads.layer import LayerGrads
 from gradscale.grads.readings import Reading
-from gradscale.grads.subject import Subject
+from gradscale.grads.subject import Subject, load_batch
 from gradscale.measures.gaussian_width import mean_and_error
 from gradscale.measures.measure import Estimate, Estimates, MicroBatch
 from gradscale.run.memory import explaining_memory
-from gradscale.run.shard import load_batch
 from gradscale.store.narrow import Narrowed
 from gradscale.store.sketches import cosine_error
 from gradscale.task import batch_size

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.subject import Subject
+from gradscale.grads.modes import check_mode
+from gradscale.grads.subject import Subject, load_batch
 from gradscale.measures.dispersion import SQUARED
 from gradscale.measures.measure import Estimate
 from gradscale.measures.outputs import outputs, targets
@@ -35,7 +36,7 @@ from gradscale.measures.tangent_kernel import UNIT
 from gradscale.run.memory import explaining_memory
 from gradscale.run.plan import check_positive
 from gradscale.run.sample import bottom_k
-from gradscale.run.shard import check_mode, load_batch, prepare
+from gradscale.run.shard import prepare
 from gradscale.run.tangent_identities import check_finite, check_perturbation, check_residuals, loss_gradients
 from gradscale.task import Batch, Task
 

@@ -14,7 +14,7 @@ import torch
 
 from gradscale.errors import GradscaleError
 from gradscale.grads.coverage import describe
-from gradscale.grads.subject import Subject
+from gradscale.grads.subject import Subject, load_batch
 from gradscale.measures.measure import Measure
 from gradscale.run.check import check_subject
 from gradscale.run.fold import EstimateRow, estimate_over_steps, estimate_step, flatten, statistics_of
@@ -22,15 +22,7 @@ from gradscale.run.memory import explaining_memory
 from gradscale.run.observations import try_beside
 from gradscale.run.plan import Plan, Unit
 from gradscale.run.probe_products import Choice, choose
-from gradscale.run.shard import (
-    Columns,
-    ShardResult,
-    bound,
-    labels_of,
-    load_batch,
-    prepare,
-    run_shard,
-)
+from gradscale.run.shard import Columns, ShardResult, bound, labels_of, prepare, run_shard
 from gradscale.run.sketch_error import sketch_error
 from gradscale.sketches import BoundSketch, Sketch
 from gradscale.store.files import Files
