@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from gradscale.sketches.gaussian import GaussianSketch as GaussianSketch
     from gradscale.store.results import Run as Run
     from gradscale.store.results import open_run as open_run
+    from gradscale.store.spectra import Spectrum as Spectrum
     from gradscale.task import Examples as Examples
     from gradscale.task import Task as Task
     from gradscale.task import TensorExamples as TensorExamples
@@ -102,6 +103,7 @@ _HOMES = {
     "GaussianSketch": "gradscale.sketches.gaussian",
     "Run": "gradscale.store.results",
     "open_run": "gradscale.store.results",
+    "Spectrum": "gradscale.store.spectra",
     "Examples": "gradscale.task",
     "Task": "gradscale.task",
     "TensorExamples": "gradscale.task",

@@ -24,6 +24,7 @@ from gradscale.report.tables import evenly, shortened
 WIDEST = 11.0  # inches: a page
 DECADES = 1.0  # beyond this spread a scale of positive values is logarithmic
 MOST_LABELS = 40
+LEAST_ROWS = 6  # that the label of the colours has room beside
 _FAINTEST = 1e-4  # of the largest value: what is below, as what is zero but for rounding, has the lowest colour
 Curves = Mapping[str, pd.DataFrame]
 
@@ -37,7 +38,8 @@ def heat_svg(runs: Sequence[Measured], quantity: Quantity, kind: str = "layer") 
     grid = (len(held), 1) if len(held) > 3 else (1, len(held))
     width = min(WIDEST, 3.4 + grid[1] * max(1.6, 0.45 * steps))
     with drawing(f"heat-{quantity.key}-{kind}"):
-        figure = Figure(figsize=(width, grid[0] * (1.1 + 0.19 * min(rows, MOST_LABELS))), layout="constrained")
+        height = 1.1 + 0.19 * min(max(rows, LEAST_ROWS), MOST_LABELS)
+        figure = Figure(figsize=(width, grid[0] * height), layout="constrained")
         panels = list(np.ravel(figure.subplots(*grid, squeeze=False)))
         scale, colours = _scale([frame for _, found in held for frame in found.values()], quantity)
         for k, (axes, (run, found)) in enumerate(zip(panels, held, strict=True)):
@@ -132,7 +134,8 @@ def _scale(frames: Sequence[pd.DataFrame], quantity: Quantity) -> tuple[Normaliz
 def _label(bar: Colorbar, runs: Sequence[Measured], quantity: Quantity, scale: Normalize) -> None:
     unit = unit_of(runs, quantity)
     from_below = ", from 1/n or less" if quantity.key == "coherence/alpha" else ""
-    bar.set_label(f"{quantity.noun}{from_below}{f' [{unit}]' if unit else ''}")
+    line = "\n" if len(quantity.noun) + len(unit) > 40 else " "
+    bar.set_label(f"{quantity.noun}{from_below}{f'{line}[{unit}]' if unit else ''}")
     if isinstance(scale, LogNorm):
         decades = math.log10(float(scale.vmax or 1.0) / float(scale.vmin or 1.0))
         bar.ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,)))

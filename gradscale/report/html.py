@@ -12,10 +12,12 @@ from gradscale.report.measured import Measured, Run, read
 from gradscale.report.plans import plan_table
 from gradscale.report.quantities import absent, by_measure
 from gradscale.report.sections import measure_section, title_of
+from gradscale.report.spectra import ANCHOR, TITLE, spectra_section
 from gradscale.report.style import CSS, swatch
+from gradscale.store.spectra import Spectrum
 
 
-def write_report(runs: Sequence[Run], output: str | Path) -> Path:
+def write_report(runs: Sequence[Run | Spectrum], output: str | Path) -> Path:
     """Write the report on `runs`, side by side, to `output`, which is overwritten; it appears whole or not at all.
 
     Raises: GradscaleError if there is no run, or if matplotlib is not installed.
@@ -41,13 +43,14 @@ def write_report(runs: Sequence[Run], output: str | Path) -> Path:
 
 def page(runs: Sequence[Measured]) -> str:
     """The whole document."""
-    title = f"Gradients of {' and '.join(run.label for run in runs) if len(runs) < 3 else f'{len(runs)} runs'}"
+    title = f"{_subject(runs)} of {' and '.join(run.label for run in runs) if len(runs) < 3 else f'{len(runs)} runs'}"
     heads = [f"{swatch(k)}{escape(run.label)}" for k, run in enumerate(runs)]
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="lead">{escape(_lead(runs))}</p>',
         _section("What was measured", plan_table(runs, heads)),
         _section("What was found", _overview(runs)),
+        spectra_section(runs),
         *(measure_section(f"m{k}", runs, *found) for k, found in enumerate(by_measure(runs).items())),
         _section("How to read this", _READING),
     ]
@@ -68,24 +71,36 @@ def _lead(runs: Sequence[Measured]) -> str:
     if not steps:
         return "No estimates yet."
     where = f"{len(steps)} checkpoints, steps {steps[0]} to {steps[-1]}" if len(steps) > 1 else f"step {steps[0]}"
-    return f"Per-example gradients at {where}. Every number stands with one standard error."
+    bounds = ", eigenvalues with a bound on theirs" if any(run.levels is not None for run in runs) else ""
+    what = {"Gradients": "Per-example gradients", "Curvature": "Curvature of the loss"}.get(
+        _subject(runs), "Per-example gradients, and curvature of the loss,"
+    )
+    return f"{what} at {where}. Every number stands with one standard error{bounds}."
+
+
+def _subject(runs: Sequence[Measured]) -> str:
+    kinds = {run.levels is not None for run in runs}
+    return "Gradients and curvature" if len(kinds) > 1 else "Curvature" if True in kinds else "Gradients"
 
 
 def _overview(runs: Sequence[Measured]) -> str:
     """How the figures are drawn, where each measure stands, and what there is none of."""
     found = by_measure(runs)
-    if not found:
+    spectra = any(run.levels is not None for run in runs)
+    if not found and not spectra:
         return '<p class="soft">No estimates yet.</p>'
-    links = " · ".join(f'<a href="#m{k}">{escape(title_of(name))}</a>' for k, name in enumerate(found))
+    entries = [f'<a href="#{ANCHOR}">{TITLE}</a>'] if spectra else []
+    entries += [f'<a href="#m{k}">{escape(title_of(name))}</a>' for k, name in enumerate(found)]
+    links = " · ".join(entries)
     missing = ", ".join(quantity.noun for quantity in absent(runs))
     note = f'<p class="legend">Not measured: {escape(missing)}.</p>' if missing else ""
-    return f'<p class="soft">{_BARS}</p><p class="contents">{links}</p>{note}'
+    bars = f"{_BARS}{_NORM_BAND if any(run.levels is None for run in runs) else ''}{_BOUNDS if spectra else ''}"
+    return f'<p class="soft">{bars}</p><p class="contents">{links}</p>{note}'
 
 
-_BARS = (
-    "Bars (bands, where there are many steps) are one standard error. The wide band of the gradient norm goes from "
-    "the 5 % to the 95 % quantile over examples."
-)
+_BARS = "Bars (bands, where there are many steps) are one standard error."
+_NORM_BAND = " The wide band of the gradient norm goes from the 5 % to the 95 % quantile over examples."
+_BOUNDS = " Those of eigenvalues are bounds on the error instead."
 _READING = (
     "<p>Every estimate stands as value ± one standard error; how that was got is said above for each quantity. “± 0” "
     "is exact for the examples that were measured; “± ?” means that no error is known. A difference is called one "

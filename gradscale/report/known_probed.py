@@ -116,7 +116,8 @@ PROBED: tuple[Quantity, ...] = (
         "curvature", "trace", "Trace of the Hessian", "trace of the Hessian", "tr H = E vᵀHv",
         "The sum of the Hessian's eigenvalues, of the mean loss in the measured parameters: how much curvature is in "
         "all directions together. Rescaling weights without changing the function changes it.",
-        "Standard error: over examples as a sample of a population, and over probes.", HUTCHINSON_SOURCE, apart=True,
+        "Standard error: over probes and, in a run of gradscale measure, over examples as a sample of a "
+        "population.", HUTCHINSON_SOURCE, apart=True,
     ),
     Quantity(
         "curvature", "trace_sample", "Trace of the Hessian of the examples measured",
@@ -126,8 +127,8 @@ PROBED: tuple[Quantity, ...] = (
     Quantity(
         "curvature", "frobenius", "Frobenius norm of the Hessian", "Frobenius norm of the Hessian",
         "|H| = (Σ λ²)^½ = (E |Hv|²)^½",
-        "The root of the sum of the Hessian's squared eigenvalues, from products with two halves of the data, so that "
-        "the noise of the data does not add to it.",
+        "The root of the sum of the Hessian's squared eigenvalues. From products with two halves of the data (the "
+        "definition says so), the noise of the data does not add to it.",
         HALVES_ERROR, HUTCHINSON_SOURCE, apart=True, beside=("frobenius_sample", "of the examples measured"),
     ),
     Quantity(

@@ -12,6 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import pandas as pd
 
+from gradscale.report.levels import Levels, levels_of
+from gradscale.store.spectra import Spectrum
+
 QUANTILES = (0.05, 0.5, 0.95)
 COLUMNS = ["step", "measure", "name", "scope", "value", "stderr", "n", "status", "definition", "unit"]
 
@@ -42,9 +45,10 @@ class Measured(NamedTuple):
     plan: Mapping[str, Any]
     estimates: pd.DataFrame
     nonfinite: int  # rows kept out of every sum
+    levels: Levels | None = None  # of a spectrum run
 
 
-def read(runs: Sequence[Run]) -> list[Measured]:
+def read(runs: Sequence[Run | Spectrum]) -> list[Measured]:
     """Read every run; the label is its name, or its path where two names are the same."""
     names = [run.name for run in runs]
     return [_read(run, run.name if names.count(run.name) == 1 else run.path) for run in runs]
@@ -77,9 +81,11 @@ def class_matrix(estimates: pd.DataFrame, measure: str, name: str) -> pd.DataFra
     return pd.DataFrame(values, index=classes, columns=classes, dtype=float)
 
 
-def _read(run: Run, label: str) -> Measured:
+def _read(run: Run | Spectrum, label: str) -> Measured:
     own = _with_exact(run)
     own = own.sort_values("step", kind="stable")
+    if isinstance(run, Spectrum):
+        return Measured(label, run.plan, own.reset_index(drop=True), 0, levels_of(run))
     if "loss" not in run.rows().schema.names:
         return Measured(label, run.plan, own.reset_index(drop=True), 0)
     of_rows = _of_rows(run)
@@ -89,7 +95,7 @@ def _read(run: Run, label: str) -> Measured:
     return Measured(label, run.plan, pd.concat(frames, ignore_index=True) if frames else own, nonfinite)
 
 
-def _with_exact(run: Run) -> pd.DataFrame:
+def _with_exact(run: Run | Spectrum) -> pd.DataFrame:
     """The run's estimates, an exact value's error 0: pandas cannot tell its null from NaN, which SQL can."""
     own = run.estimates()[COLUMNS].copy()
     if not len(own):

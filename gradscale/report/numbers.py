@@ -6,6 +6,7 @@ import math
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNDEFINED = "undefined"
+_NEGLIGIBLE = 2e-7
 
 
 def estimate_text(value: float, stderr: float) -> str:
@@ -15,6 +16,8 @@ def estimate_text(value: float, stderr: float) -> str:
     ('0.213 ± 0.017', '(1.2346 ± 0.0054)×10⁷')
     >>> estimate_text(0.25, 0.0), estimate_text(0.25, math.nan), estimate_text(math.nan, 0.1)
     ('0.25 ± 0', '0.25 ± ?', 'undefined')
+    >>> estimate_text(33.264712345, 1e-13)  # an error that is not worth so many digits
+    '33.264712 ± 10⁻¹³'
     """
     if not math.isfinite(value):
         return UNDEFINED if math.isnan(value) else f"{'-' if value < 0 else ''}infinite"
@@ -22,6 +25,8 @@ def estimate_text(value: float, stderr: float) -> str:
         return f"{number_text(value)} ± ?"
     if stderr == 0.0:
         return f"{number_text(value, 6)} ± 0"
+    if stderr < _NEGLIGIBLE * abs(value):
+        return f"{number_text(value, 8)} ± {number_text(stderr, 2)}"
     exponent = _exponent(max(abs(value), stderr))
     last_digit = _exponent(float(f"{stderr:.1e}")) - 1  # the second digit of the error
     if -4 <= exponent < 5:

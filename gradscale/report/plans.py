@@ -11,8 +11,9 @@ from typing import Any
 from gradscale.report.measured import Measured
 
 FIRST = (
-    "task", "task_options", "examples", "checkpoints", "parameters", "params", "measures", "sketch", "sketch_dtype",
-    "seed", "microbatch", "shard_size", "device", "versions",
+    "kind", "task", "task_options", "examples", "checkpoints", "parameters", "params", "measures", "sketch",
+    "sketch_dtype", "operator", "top", "which", "trace", "density", "stability", "backend", "seed", "microbatch",
+    "shard_size", "device", "versions",
 )  # fmt: skip
 MOST_ITEMS = 8
 FINGERPRINT = 12  # characters that are shown; run.json has the rest
@@ -24,7 +25,8 @@ def plan_table(runs: Sequence[Measured], heads: Sequence[str]) -> str:
     keys.sort(key=lambda key: FIRST.index(key) if key in FIRST else len(FIRST))
     rows = [_row(key.replace("_", " "), [setting_text(key, run.plan.get(key)) for run in runs]) for key in keys]
     if any(run.nonfinite for run in runs):
-        rows.append(_row("non-finite rows", [f"{run.nonfinite}, kept out of every sum" for run in runs]))
+        counts = ["no rows" if run.levels else f"{run.nonfinite}, kept out of every sum" for run in runs]
+        rows.append(_row("non-finite rows", counts))
     cells = "".join(f"<th>{head}</th>" for head in heads)
     note = (
         '<p class="legend">Where the runs differ, the settings are bold.</p>'
@@ -46,8 +48,12 @@ def setting_text(key: str, value: Any) -> str:
         return _parameters(value)
     if key == "measures" and isinstance(value, Mapping):
         return ", ".join(_measure(name, about) for name, about in value.items())
+    if key == "kind":
+        return str(value or "gradients")
+    if key in ("trace", "density", "stability") and isinstance(value, Mapping):
+        value = {name: inner for name, inner in value.items() if inner is not None}
     if key.endswith("fingerprint"):
-        return _shortened(str(value))
+        return "none" if value is None else _shortened(str(value))
     return _text(value) or "none"
 
 

@@ -56,7 +56,7 @@ def _draw_curves(axes: Axes, held: Sequence[tuple[int, Measured]], quantity: Qua
             axes.plot(other["step"], other["value"], color=_colour(k), linestyle="--", linewidth=1.2)
         if (band := _band(run, quantity)) is not None:
             axes.fill_between(band["step"], band["low"], band["high"], color=_colour(k), alpha=0.16, linewidth=0)
-    _scale_steps(axes, sorted(steps))
+    scale_steps(axes, sorted(steps))
     if any(len(beside(run, quantity)) for _, run in held):
         shown[_beside_text(quantity)] = Line2D([], [], color=INK, linestyle="--")
     return shown
@@ -117,7 +117,7 @@ def _band(run: Measured, quantity: Quantity) -> pd.DataFrame | None:
     return pd.DataFrame({"step": joined["step"], "low": joined["value_low"], "high": joined["value_high"]})
 
 
-def _scale_steps(axes: Axes, steps: Sequence[int]) -> None:
+def scale_steps(axes: Axes, steps: Sequence[int]) -> None:
     """Symlog, linear up to the first step after 0, or linear where many steps are evenly spaced.
 
     A tick stands at every measured step that has room for its label, the last among them.

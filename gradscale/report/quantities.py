@@ -8,10 +8,11 @@ import pandas as pd
 
 from gradscale.report.known_gradients import GRADIENTS
 from gradscale.report.known_probed import PROBED
+from gradscale.report.known_spectra import SPECTRA
 from gradscale.report.measured import Measured, curve, scopes
 from gradscale.report.quantity import Quantity
 
-KNOWN: tuple[Quantity, ...] = (*GRADIENTS, *PROBED)
+KNOWN: tuple[Quantity, ...] = (*GRADIENTS, *PROBED, *SPECTRA)
 
 
 def present(runs: Sequence[Measured]) -> list[Quantity]:
@@ -36,6 +37,9 @@ def by_measure(runs: Sequence[Measured]) -> dict[str, list[Quantity]]:
 
 
 def absent(runs: Sequence[Measured]) -> list[Quantity]:
+    """What is usual of per-example gradients and is in none of the runs; nothing where all are of spectra."""
+    if all(run.levels is not None for run in runs):
+        return []
     keys = {quantity.key for quantity in present(runs)}
     return [quantity for quantity in KNOWN if quantity.key not in keys and quantity.plotted and not quantity.apart]
 

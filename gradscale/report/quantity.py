@@ -18,7 +18,7 @@ class Quantity(NamedTuple):
     """One (measure, name). `noun` goes into sentences, `error` says how the standard error was got.
 
     `scope` is that of its curve. `beside` names a quantity of the same measure that stands beside it in its plot, and
-    what that is.
+    what that is; `limit` says that it is one to stay below.
     """
 
     measure: str
@@ -32,6 +32,7 @@ class Quantity(NamedTuple):
     plotted: bool = True
     scope: str = "all"
     beside: tuple[str, str] | None = None
+    limit: bool = False
     apart: bool = False  # got by a call of its own, so that nobody misses it in a run
 
     @property

@@ -10,12 +10,15 @@ import pandas as pd
 from gradscale.report.measured import Measured
 from gradscale.report.quantities import beside, curve_of, drawn, with_scopes
 from gradscale.report.quantity import Quantity
-from gradscale.report.sentences import layers_sentence, sentence
+from gradscale.report.sentences import layers_sentence, limit_sentence, sentence
 from gradscale.report.style import swatch
 from gradscale.report.tables import Grid, by_scope, by_step
 
-FOLDED_ROWS = 24
-_TITLES = {"grad_norm": "Gradient norm", "effective_gram": "Effective Gram"}
+_TITLES = {
+    "grad_norm": "Gradient norm", "effective_gram": "Effective Gram", "gauss_newton": "Gauss-Newton matrix",
+    "covariance": "Gradient covariance",
+}  # fmt: skip
+BARRED = ("curvature/trace", "gauss_newton/trace", "covariance/trace")  # drawn as bars by parameter
 
 
 def measure_section(anchor: str, runs: Sequence[Measured], measure: str, quantities: Sequence[Quantity]) -> str:
@@ -51,6 +54,11 @@ def _maps(runs: Sequence[Measured], quantities: Sequence[Quantity]) -> list[str]
         for quantity in with_scopes(runs, quantities, kind)[:1]:
             said = layers_sentence(quantity.noun, _curves(runs, quantity, kind), NAMES[kind])
             numbers = _by_scope(runs, quantity, kind)
+            if kind == "layer" and quantity.key in BARRED:
+                figures.append(_bars(runs, quantity, said, numbers))
+                if not _several_steps(runs, quantity):
+                    continue
+                said, numbers = "The same at every step.", ""
             drawing = heat_svg(runs, quantity, kind) or ""
             figures.append(_figure(f"{quantity.title} {title}", drawing, said, wide=True, below=numbers))
     for quantity in with_scopes(runs, quantities, "pair"):
@@ -58,6 +66,23 @@ def _maps(runs: Sequence[Measured], quantities: Sequence[Quantity]) -> list[str]
         title = f"{quantity.title} between classes, last step"
         figures.append(_figure(title, class_svg(runs, quantity) or "", said, wide=True))
     return figures
+
+
+def _bars(runs: Sequence[Measured], quantity: Quantity, said: str, numbers: str) -> str:
+    """The last step's values by parameter, and what is not shown of them."""
+    from gradscale.report.bars import MOST_BARS, bars_svg, last_bars
+
+    found = {run.label: last_bars(run, quantity)[1] for run in runs}
+    cut = {label: len(bars) for label, bars in found.items() if len(bars) > MOST_BARS}
+    shown = "".join(f" Of {label} the {MOST_BARS} largest of {count} are drawn." for label, count in cut.items())
+    wide = sum(1 for bars in found.values() if bars) > 1
+    title = f"{quantity.title} of every parameter, last step"
+    return _figure(title, bars_svg(runs, quantity) or "", f"{said}{shown}", wide=wide, below=numbers)
+
+
+def _several_steps(runs: Sequence[Measured], quantity: Quantity) -> bool:
+    curves = (frame for by_name in _curves(runs, quantity, "layer").values() for frame in by_name.values())
+    return any(len(frame) > 1 for frame in curves)
 
 
 def _curves(runs: Sequence[Measured], quantity: Quantity, kind: str) -> Mapping[str, Mapping[str, pd.DataFrame]]:
@@ -81,27 +106,42 @@ def _by_scope(runs: Sequence[Measured], quantity: Quantity, kind: str) -> str:
 
 def _said(runs: Sequence[Measured], quantity: Quantity) -> str:
     """What the plot shows; and, of each run, how it compares with what it is measured against."""
+    runs = _told_of(runs, quantity)
     said = [sentence(quantity.noun, {run.label: curve_of(run, quantity) for run in runs})]
     if quantity.beside is not None:
         against = quantity.beside[1]
         compared = [(run.label, curve_of(run, quantity), beside(run, quantity)) for run in runs]
+        if quantity.limit:
+            held = [(label, own, limit) for label, own, limit in compared if len(own) and len(limit)]
+            return " ".join(
+                said[:1] + [limit_sentence(quantity.noun, label, own, against, limit) for label, own, limit in held]
+            )
         said += [sentence(quantity.noun, {label: own, against: other}) for label, own, other in compared if len(other)]
     return " ".join(said)
+
+
+def _told_of(runs: Sequence[Measured], quantity: Quantity) -> list[Measured]:
+    """Those of which a sentence may say that they have none: of another kind or operator, nobody expects it."""
+    having = [run for run in runs if (run.estimates["measure"] == quantity.measure).any()]
+    if any(run.levels is not None for run in having):
+        return having
+    return [run for run in runs if run.levels is None or run in having]
 
 
 def _numbers(runs: Sequence[Measured], measure: str) -> str:
     """The tables by step; legends are in the entries above them."""
     grids = [(k, run.label, by_step(run.estimates, measure)) for k, run in enumerate(runs)]
     tables = [_table(grid, f"{swatch(k)}{escape(label)}") for k, label, grid in grids if grid.rows]
-    return f'<div class="tables">{"".join(tables)}</div>' if tables else ""
+    if not tables:
+        return ""
+    shown = f'<div class="tables">{"".join(tables)}</div>'
+    return f"<details><summary>The numbers by step, with errors</summary>{shown}</details>"
 
 
 def _table(grid: Grid, title: str) -> str:
     heads = "".join(f"<th>{escape(column)}</th>" for column in grid.columns)
     rows = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in grid.rows)
     table = f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table>"
-    if len(grid.rows) > FOLDED_ROWS:
-        table = f"<details><summary>{len(grid.rows)} steps</summary>{table}</details>"
     return f'<div class="scroll"><p class="run">{title}</p>{table}</div>'
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from gradscale.report.numbers import estimate_text
+from gradscale.report.numbers import estimate_text, number_text
 
 FACTOR = 2.0
 BEYOND = "more than two combined standard errors"
@@ -43,6 +43,32 @@ def sentence(noun: str, curves: Curves) -> str:
     if not held:
         return f"No run has a value of the {noun}."
     return _of_runs(noun, held) + _left_out(curves, points) + "."
+
+
+def limit_sentence(noun: str, run: str, own: pd.DataFrame, name: str, limit: pd.DataFrame) -> str:
+    """On which side of a limit, called `name`, a curve is: beyond twice the error of their difference, or within."""
+    here, there = _points(own), _points(limit)
+    pairs = [(here[step], there[step]) for step in sorted(set(here) & set(there))]
+    if not pairs:
+        return f"The {noun} of {run} has no checkpoint in common with {name}."
+    if len(pairs) == 1:
+        ((a, b),) = pairs
+        side = {1: "above", 0: "within twice its error of", -1: "below"}[a.minus(b).sign()]
+        return f"At step {a.step} the {noun} of {run} ({a}) lies {side} {name}, {number_text(b.value)}."
+    sides: dict[int, list[Point]] = {sign: [a for a, b in pairs if a.minus(b).sign() == sign] for sign in (-1, 0, 1)}
+    words = {-1: "below it", 0: "within twice its error of it", 1: "above it"}
+    counts = [
+        f"{words[sign]} at {'all ' if len(found) == len(pairs) else ''}{len(found)}{_step_of(found)}"
+        for sign, found in sides.items()
+        if found
+    ]
+    a, b = max(pairs, key=lambda pair: pair[0].value / pair[1].value if pair[1].value > 0 else -math.inf)
+    nearest = f"it is largest beside it at step {a.step}, {a} against {number_text(b.value)}"
+    return f"The {noun} of {run} beside {name}, at {len(pairs)} checkpoints: {', '.join(counts)}; {nearest}."
+
+
+def _step_of(points: list[Point]) -> str:
+    return f" (step {points[0].step})" if len(points) == 1 else ""
 
 
 def layers_sentence(noun: str, curves: Mapping[str, Curves], by: str = "parameter") -> str:

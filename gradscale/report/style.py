@@ -26,6 +26,7 @@ figure svg { display: block; width: 100%; height: auto; color: var(--ink); }
 figure.wide svg { width: auto; max-width: 100%; }
 figure svg text { font-family: inherit; }
 figcaption { font-size: .9rem; line-height: 1.45; margin-top: .5rem; max-width: 75ch; overflow-wrap: anywhere; }
+figcaption p { margin: 0 0 .45rem; } .spectra { margin-top: 1.4rem; }
 .scroll { overflow-x: auto; margin: .2rem 0; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .28rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }

@@ -11,13 +11,20 @@ from rich.table import Table
 from rich.text import Text
 
 from gradscale.errors import GradscaleError
+from gradscale.report.levels import MEASURES, Levels, asked_text
 from gradscale.report.measured import Run, curve, read, scopes
-from gradscale.report.numbers import estimate_text
+from gradscale.report.numbers import estimate_text, number_text
+from gradscale.store.spectra import Spectrum
 
 WIDTH = 100
 MOST_STEPS = 8  # in a table by layer or class
 LONGEST_NAME = 44
 WHOLE = ("all", "union")
+_BOUND = (
+    "± is a bound, not a standard error: min(r, r²/gap) of the residual r = |Ay − θy|, and the noise of the products; "
+    "the second of the two holds if no eigenvalue that has not been seen lies within the gap"
+)
+_MARKED = "*: not converged"
 
 
 class Grid(NamedTuple):
@@ -29,12 +36,14 @@ class Grid(NamedTuple):
     legend: tuple[str, ...]
 
 
-def estimate_tables(run: Run, measure: str | None = None) -> list[Table]:
+def estimate_tables(run: Run | Spectrum, measure: str | None = None) -> list[Table]:
     """One table per measure, by step; for a given `measure` also by layer and by class. 100 characters wide at most.
 
+    Eigenvalues come last, or with the `measure` of their operator.
     Raises: GradscaleError if the run has no such measure.
     """
-    estimates = read([run])[0].estimates
+    measured = read([run])[0]
+    estimates, levels = measured.estimates, measured.levels
     present = measures(estimates)
     if measure is not None and measure not in present:
         raise GradscaleError(
@@ -46,6 +55,8 @@ def estimate_tables(run: Run, measure: str | None = None) -> list[Table]:
         whole = by_step(estimates, name)
         grids += [whole] if whole.rows else []
         grids += by_scope(estimates, name) if measure is not None or not whole.rows else []
+    if levels is not None and len(levels.eigenvalues) and measure in (None, MEASURES[str(levels.plan["operator"])]):
+        grids.append(eigenvalue_grid(levels))
     return [_rich(part) for grid in grids for part in fitted(grid)]
 
 
@@ -79,6 +90,35 @@ def by_scope(estimates: pd.DataFrame, measure: str) -> list[Grid]:
             if found := scopes(chosen, measure, name, kind):
                 grids.append(_scope_grid(chosen, measure, str(name), kind, found))
     return grids
+
+
+def eigenvalue_grid(levels: Levels) -> Grid:
+    """Eigenvalues with their error bounds: by step, at most eight of them; residuals too where there is one step."""
+    title = f"eigenvalues of the {levels.operator}, {asked_text(levels)}"
+    steps = levels.steps
+    unit = f"unit {levels.unit}"
+    if len(steps) == 1:
+        rows = levels.at(steps[0])
+        columns = zip(rows["index"], rows["value"], rows["error"], rows["residual"], rows["converged"], strict=True)
+        cells = [
+            (str(i + 1), estimate_text(value, error), number_text(residual, 2), "yes" if good else "no")
+            for i, value, error, residual, good in columns
+        ]
+        heads = ("place", f"step {steps[0]}", "residual", "converged")
+        return Grid(title, heads, tuple(cells), (_BOUND, unit))
+    shown = evenly(steps, MOST_STEPS)
+    at = {step: _eigenvalue_cells(levels, step) for step in shown}
+    places = sorted({place for cells in at.values() for place in cells})
+    by_place = [(str(place + 1), *(at[step].get(place, "") for step in shown)) for place in places]
+    legend = [_BOUND, *([_MARKED] if not levels.eigenvalues["converged"].all() else []), unit]
+    legend += [f"{len(shown)} of {len(steps)} steps shown; run.spectra() has all"] if len(shown) < len(steps) else []
+    return Grid(title, ("place", *(f"step {step}" for step in shown)), tuple(by_place), tuple(legend))
+
+
+def _eigenvalue_cells(levels: Levels, step: int) -> dict[int, str]:
+    rows = levels.at(step)
+    columns = zip(rows["index"], rows["value"], rows["error"], rows["converged"], strict=True)
+    return {int(place): estimate_text(value, error) + ("" if good else "*") for place, value, error, good in columns}
 
 
 def fitted(grid: Grid, width: int = WIDTH) -> list[Grid]:

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from gradscale.errors import GradscaleError
 from gradscale.store.files import Files
+from gradscale.store.folder import estimates_of, name_of, plan_of, read_table, steps_of
 from gradscale.store.neighbours import neighbours
 from gradscale.store.products import (
     BLOCK,
@@ -27,14 +28,15 @@ from gradscale.store.products import (
     gram_blocks,
 )
 from gradscale.store.sketches import StoredSketches, as_matrix, check_file, locate
+from gradscale.store.spectra import KIND, Spectrum
 from gradscale.store.store import ESTIMATES, PLAN, Store, file_name
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
-def open_run(path: str) -> Run:
-    """The run in the folder or at the URI `path`.
+def open_run(path: str) -> Run | Spectrum:
+    """The run in the folder or at the URI `path`: a `Spectrum` where `gradscale spectrum` has written it.
 
     Raises: GradscaleError if there is no run.
     """
@@ -43,7 +45,7 @@ def open_run(path: str) -> Run:
         raise GradscaleError(
             f"run must be a folder that gradscale has written, got {path} without {PLAN}; check the path"
         )
-    return Run(files)
+    return Spectrum(files) if plan_of(files).get("kind") == KIND else Run(files)
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        return self.path.rstrip("/").rpartition("/")[2]
+        return name_of(self.files)
 
     @property
     def plan(self) -> dict[str, Any]:
         """The contents of run.json."""
-        found: dict[str, Any] = json.loads(self.files.read(PLAN).to_pybytes())
-        return found
+        return plan_of(self.files)
 
     @property
     def steps(self) -> list[int]:
-        return [int(step) for step in self.plan["checkpoints"]]
+        return steps_of(self.plan)
 
     def estimates(self) -> pd.DataFrame:
         """One row per (step, measure, name, scope); steps without all their shards have none.
@@ -76,10 +77,7 @@ class Run:
         `stderr` is NaN where the value is exact or its error unknown.
         Raises: GradscaleError if the run was interrupted before it came to its estimates.
         """
-        if not self.files.exists(ESTIMATES):
-            raise GradscaleError(f"run {self.path} must be complete to have estimates, got none; run its command again")
-        frame: pd.DataFrame = self._table(ESTIMATES).to_pandas()
-        return frame
+        return estimates_of(self.files)
 
     def rows(self) -> ds.Dataset:
         """One row per example and step; `to_table()` gives them by step, then by example_id."""
@@ -283,7 +281,7 @@ class Run:
             )
 
     def _table(self, name: str) -> pa.Table:
-        return pq.read_table(pa.BufferReader(self.files.read(name)), page_checksum_verification=True)
+        return read_table(self.files, name)
 
     def _check_step(self, step: int) -> None:
         if step not in self.steps:

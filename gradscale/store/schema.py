@@ -68,5 +68,29 @@ def estimates() -> pa.Schema:
     )
 
 
+def spectra() -> pa.Schema:
+    """One row per eigenvalue or quadrature node of a step. Null is what a kind of row does not have.
+
+    Eigenvalues have loss units per squared unit of the parameters, those of the gradient covariance the square of loss
+    units per unit.
+    """
+    unit = "loss units / parameter unit^2; covariance: (loss units / parameter unit)^2"
+    return pa.schema(
+        [
+            _field("step", pa.int64(), "optimizer step"),
+            _field("operator", pa.string(), "hessian | ggn | covariance"),
+            _field("kind", pa.string(), "eigenvalue | node"),
+            _field("probe", pa.int64(), "index; null of an eigenvalue", nullable=True),
+            _field("index", pa.int64(), "eigenvalue: 0 is the largest; node: 0 is the smallest of its probe"),
+            _field("value", pa.float64(), unit),
+            _field("weight", pa.float64(), "1: sums to 1 over a probe; null of an eigenvalue", nullable=True),
+            _field("residual", pa.float64(), unit),
+            _field("error", pa.float64(), f"{unit}; a bound, null of a node", nullable=True),
+            _field("converged", pa.bool_(), "to the tolerance asked for; null of a node", nullable=True),
+        ],
+        metadata=_metadata(),
+    )
+
+
 def _metadata(**entries: str) -> dict[str, str]:
     return {"gradscale.schema_version": SCHEMA_VERSION} | {f"gradscale.{k}": v for k, v in entries.items()}
