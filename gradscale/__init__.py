@@ -39,6 +39,12 @@ if TYPE_CHECKING:
     from gradscale.run.leave_out import LeaveOutGap as LeaveOutGap
     from gradscale.run.leave_out import leave_out_gap as leave_out_gap
     from gradscale.run.sign_stiffness import sign_stiffness as sign_stiffness
+    from gradscale.run.spectrum import spectrum as spectrum
+    from gradscale.run.spectrum_plan import SLQ as SLQ
+    from gradscale.run.spectrum_plan import Deflated as Deflated
+    from gradscale.run.spectrum_plan import Hutchinson as Hutchinson
+    from gradscale.run.spectrum_plan import Norms as Norms
+    from gradscale.run.spectrum_plan import Stability as Stability
     from gradscale.run.stiffness_between import stiffness_between as stiffness_between
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
     from gradscale.run.tangent_spectrum import tangent_spectrum as tangent_spectrum
@@ -91,6 +97,12 @@ _HOMES = {
     "LeaveOutGap": "gradscale.run.leave_out",
     "leave_out_gap": "gradscale.run.leave_out",
     "sign_stiffness": "gradscale.run.sign_stiffness",
+    "spectrum": "gradscale.run.spectrum",
+    "SLQ": "gradscale.run.spectrum_plan",
+    "Deflated": "gradscale.run.spectrum_plan",
+    "Hutchinson": "gradscale.run.spectrum_plan",
+    "Norms": "gradscale.run.spectrum_plan",
+    "Stability": "gradscale.run.spectrum_plan",
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
     "stiffness_between": "gradscale.run.stiffness_between",
     "tangent_spectrum": "gradscale.run.tangent_spectrum",

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gradscale.cli_options import options_of, task_of
+from gradscale.cli_spectrum import EXAMPLE, spectrum
 from gradscale.errors import GradscaleError, ShardsFailed
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from gradscale.task import Task
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,7 +70,7 @@ def measure(
     from gradscale.report.progress import shown_progress
     from gradscale.run.job import measure as run_measure
 
-    options = _options(data, model, task_option)
+    options = options_of(data, model, task_option)
     with shown_progress() as on_progress:
         run = run_measure(
             task,
@@ -93,6 +93,9 @@ def measure(
             probe_products=probe_products,
         )
     typer.echo(f"{run.path}: {len(run.estimates())} estimates; see them with: gradscale show {out}")
+
+
+app.command(epilog=EXAMPLE)(spectrum)
 
 
 @app.command(epilog="Example: gradscale plan --task digits --workers 16 --steps 9 --sketch gaussian:512")
@@ -131,7 +134,7 @@ def plan(
     torch.set_num_threads(threads)
     found = resolve(checkpoint)
     subject = prepare(
-        _task(task, data, model, task_option), found[0].path, params, "cuda" if gpus else "cpu", exclude or ()
+        task_of(task, data, model, task_option), found[0].path, params, "cuda" if gpus else "cpu", exclude or ()
     )
     for line in coverage_lines(describe(subject.sites, subject.parameters)):
         typer.echo(line)
@@ -165,7 +168,7 @@ def check(
     from gradscale.run.shard import prepare
 
     path = resolve([checkpoint] if checkpoint else None)[0].path
-    subject = prepare(_task(task, data, model, task_option), path, params, "cpu", exclude or ())
+    subject = prepare(task_of(task, data, model, task_option), path, params, "cpu", exclude or ())
     check_subject(subject)
     compared = compare_alone(subject, range(min(examples, len(subject.examples))))
     for one in compared:
@@ -257,26 +260,3 @@ def _print(*parts: RenderableType) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120)
     for part in parts:
         console.print(part)
-
-
-def _task(task: str, data: str | None, model: str | None, task_option: list[str] | None) -> Task:
-    from gradscale.task import load_task
-
-    return load_task(task, **_options(data, model, task_option))
-
-
-def _options(data: str | None, model: str | None, task_option: list[str] | None) -> dict[str, Any]:
-    options = {"data": data, "model_dir": model, **dict(_option(text) for text in task_option or [])}
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _option(text: str) -> tuple[str, str | int | float]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise GradscaleError(f"task option must be NAME=VALUE, got {text!r}")
-    for number in (int, float):
-        try:
-            return name, number(value)
-        except ValueError:
-            continue
-    return name, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -209,3 +210,23 @@ class WithLock:
 
     def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model(batch["x"])[:, 0]
+
+
+@dataclass(frozen=True)
+class Falling(Regression):
+    """Regression during which a process is killed, once, when there is a commit of Lanczos in the run `out`.
+
+    With `pause`, none is, and every microbatch takes a moment.
+    """
+
+    out: str = ""
+    pause: float = 0.0
+
+    def losses(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(self.pause)
+        state, fallen = Path(self.out) / "lanczos" / "step-00000000" / "state.json", Path(f"{self.out}-fallen")
+        if not self.pause and state.exists() and json.loads(state.read_text())["step"] >= 3:
+            with contextlib.suppress(FileExistsError):
+                fallen.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().losses(model, batch)

@@ -113,7 +113,7 @@ def test_a_driver_that_joins_writes_the_same(head, submitted, tmp_path):
 def test_a_job_writes_nowhere_that_is_thrown_away(head):
     done = submit(head, "--out", "runs/a")
     assert done.returncode == 1
-    assert "--out of a job must be an absolute path or a URI, got runs/a" in done.stdout
+    assert "out of a job must be an absolute path or a URI, got runs/a" in done.stdout
 
 
 def free_ports(count: int) -> list[int]:

@@ -14,6 +14,8 @@ from torch import Tensor
 from gradscale.curvature.operator import Operator
 from gradscale.errors import GradscaleError
 
+_TOGETHER = 8  # whole vectors held at a time
+
 
 def slice_of(size: int, rank: int, world: int) -> range:
     """The entries that process `rank` of `world` holds: ceil(P / W), at the end fewer.
@@ -33,7 +35,8 @@ class Sharded:
     """The sum over the processes of what each has, `part`, as one operator on slices.
 
     `part` is an operator of this process alone on whole vectors, as of its share of the data. Products gather the
-    vectors, multiply, and add the slices up in the vectors' type: 2 k P numbers for as long as they last.
+    vectors, multiply, and add the slices up in the vectors' type: 2 k P numbers for as long as they last, of eight
+    vectors at a time.
     """
 
     part: Operator
@@ -48,7 +51,11 @@ class Sharded:
         return slice_of(self.size, dist.get_rank(self.group), dist.get_world_size(self.group))
 
     def products(self, vectors: Tensor) -> Tensor:
-        return reduce_scattered(self.part.products(gathered(vectors, self.size, self.group)), self.group)
+        found = [
+            reduce_scattered(self.part.products(gathered(few, self.size, self.group)), self.group)
+            for few in vectors.split(_TOGETHER)
+        ]
+        return torch.cat(found)
 
     def all_sum(self, parts: Tensor) -> Tensor:
         return all_summed(parts, self.group)

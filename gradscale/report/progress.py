@@ -12,8 +12,10 @@ import typer
 
 if TYPE_CHECKING:
     from gradscale.run.job import Progress
+    from gradscale.run.spectrum_parts import SpectrumProgress
 
 _PLAIN_SECONDS = 5.0  # between lines where there is no terminal
+_CLEAR = "\r\x1b[2K"  # the line
 
 
 @contextmanager
@@ -43,8 +45,39 @@ def _plain_progress() -> Callable[[Progress], None]:
     return tell
 
 
+@contextmanager
+def shown_spectrum_progress() -> Iterator[Callable[[SpectrumProgress], None]]:
+    """A line on a terminal that is written anew, else a line now and then."""
+    last, at, terminal = -_PLAIN_SECONDS, "", sys.stderr.isatty()
+
+    def tell(progress: SpectrumProgress) -> None:
+        nonlocal last, at
+        part = f"{progress.step}/{progress.part}"
+        due = progress.done >= progress.total or part != at
+        if terminal or due or time.monotonic() - last >= _PLAIN_SECONDS:
+            last, at = time.monotonic(), part
+            typer.echo(f"{_CLEAR if terminal else ''}{_spectrum_line(progress)}", err=True, nl=not terminal)
+
+    try:
+        yield tell
+    finally:
+        if terminal:
+            typer.echo("", err=True)
+
+
+def _spectrum_line(progress: SpectrumProgress) -> str:
+    left = progress.seconds_left
+    time_left = "starting" if left is None else f"at most {_clock(left)} left"
+    note = f", {progress.note}" if progress.note else ""
+    return f"step {progress.step}: {progress.part}, {progress.done} of {progress.total} products, {time_left}{note}"
+
+
 def _rate(progress: Progress) -> str:
     if progress.seconds_left is None:
         return "starting"
-    minutes, seconds = divmod(round(progress.seconds_left), 60)
-    return f"{progress.rate:.0f} examples/s, {minutes}:{seconds:02d} left"
+    return f"{progress.rate:.0f} examples/s, {_clock(progress.seconds_left)} left"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,7 @@ from gradscale.run.notices import covered, one_block, underflow
 from gradscale.run.plan import Plan, check_positive, differences
 from gradscale.run.pool import Failure, Pool
 from gradscale.run.probe_products import check_probe_products
+from gradscale.run.spectrum_plan import SpectrumPlan
 from gradscale.run.worker import Description, Job
 from gradscale.sketches import Sketch, parse_sketch
 from gradscale.store.files import Files
@@ -92,7 +94,7 @@ def measure(
     """
     check_positive(workers=workers, microbatch=microbatch, shard_size=shard_size, threads_per_worker=threads_per_worker)
     options = dict(task_options or {})
-    name, task = _resolve_task(task, options)
+    name, task = resolve_task(task, options)
     options = options or plain_fields(task)
     steps = resolve(checkpoints)
     store = open_store(out)
@@ -120,7 +122,7 @@ def measure(
             _LOG.info("products with probes come from forward mode: %s", description.probe_products.why)
         _check_workers(workers, plan)
         _check_labels(plan, job)
-        adopt(store, plan)
+        adopt(store, plan, bool(store.committed()))
         failures = _measure_units(pool, store, plan, on_progress)
         _estimate(pool, store, plan)
     _report_failures(failures)
@@ -130,8 +132,13 @@ def measure(
 def open_store(out: str) -> Store:
     """The store at `out`, cleared of leftovers.
 
-    Raises: GradscaleError if `out` is neither new, nor an empty folder, nor a run.
+    Raises: GradscaleError if `out` is neither new, nor an empty folder, nor a run; or of a job a relative path.
     """
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ and "://" not in out and not os.path.isabs(out):
+        raise GradscaleError(
+            f"out of a job must be an absolute path or a URI, got {out}; the job's folder is a copy that the cluster "
+            "throws away"
+        )
     files = Files(out)
     if files.size("") >= 0:
         raise GradscaleError(f"out must be a folder, got the file {out}; choose another name")
@@ -144,16 +151,16 @@ def open_store(out: str) -> Store:
     return Store(files)
 
 
-def adopt(store: Store, plan: Plan) -> None:
+def adopt(store: Store, plan: Plan | SpectrumPlan, begun: bool) -> None:
     """Make `plan` the run's, or check that it is the one that the run has.
 
-    A plan under which nothing has been committed may be replaced.
+    A plan under which nothing has been committed (not `begun`) may be replaced.
     Raises: GradscaleError listing the differences.
     """
     if store.files.exists(PLAN):
-        old = Plan.from_json(store.files.read(PLAN).to_pybytes().decode())
+        old = type(plan).from_json(store.files.read(PLAN).to_pybytes().decode())
         changed = differences(old, plan)
-        if changed and store.committed():
+        if changed and begun:
             raise GradscaleError(
                 f"the settings must be those of the run that {store.files.root} already holds, got\n  "
                 + "\n  ".join(changed)
@@ -176,7 +183,7 @@ def _plan(
     return Plan(
         task=name,
         task_options=json_values(options),
-        checkpoints={str(c.step): _identity(c.path) for c in steps},
+        checkpoints={str(c.step): identity(c.path) for c in steps},
         examples=description.examples,
         data_fingerprint=description.data_fingerprint,
         parameters=description.parameters,
@@ -210,7 +217,8 @@ def _sketch_dtype(sketch: Sketch | str | None, dtype: str) -> str:
     return check_dtype(dtype)
 
 
-def _identity(path: str | None) -> dict[str, str | None]:
+def identity(path: str | None) -> dict[str, str | None]:
+    """What a plan says of a checkpoint."""
     if path is None:
         return {"path": None, "fingerprint": None}
     absolute = path if "://" in path else str(Path(path).expanduser().absolute())
@@ -292,7 +300,8 @@ def _reads_labels(measure: Measure) -> bool:
     return any(isinstance(reading, GradientSums) and reading.by_class for reading in statistic_of(measure).needs)
 
 
-def _resolve_task(task: Task | str, options: Mapping[str, Any]) -> tuple[str, Task]:
+def resolve_task(task: Task | str, options: Mapping[str, Any]) -> tuple[str, Task]:
+    """The name that a plan has for the task, and the task."""
     if isinstance(task, str):
         return task, load_task(task, **options)
     kind = type(task)

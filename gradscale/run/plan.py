@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from gradscale.errors import GradscaleError
 
@@ -35,6 +35,12 @@ class Unit:
 
     def __str__(self) -> str:
         return f"step {self.step}, shard {self.shard} (examples {self.start} to {self.stop - 1})"
+
+
+class Written(Protocol):
+    """A plan of any kind of run."""
+
+    def to_json(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,7 @@ class Plan:
             ) from error
 
 
-def differences(old: Plan, new: Plan) -> list[str]:
+def differences(old: Written, new: Written) -> list[str]:
     """Where two plans differ, a line for each setting; empty if they are equal.
 
     Where a checkpoint lies is no difference: its fingerprint tells whether it is the same one.

@@ -13,12 +13,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from gradscale.errors import GradscaleError, OutOfMemory
 from gradscale.run.cluster import Resources, pickled
 from gradscale.run.memory import memory_message
-from gradscale.run.worker import Job, Worker
+from gradscale.run.worker import Worker
 
 _LOG = logging.getLogger("gradscale")
 _ATTEMPTS = 3
@@ -26,6 +26,13 @@ _DEATHS = 5  # an item in whose hands so many actors died is given up: it kills 
 _POLL_SECONDS = 1.0
 _PATIENCE_SECONDS = 30.0  # without a single worker, before the log says so
 _INLINE_BYTES = 1 << 16  # Ray sends arguments of this size with the call itself
+
+
+class Tried(Protocol):
+    """What a pool has to know of a job."""
+
+    @property
+    def microbatch(self) -> int: ...
 
 
 class Failure(NamedTuple):
@@ -40,16 +47,16 @@ class Pool:
     Were they left to the garbage collector, an exception that somebody keeps would keep them and their CPUs too.
     """
 
-    def __init__(self, job: Job, workers: int, resources: Resources) -> None:
+    def __init__(self, job: Tried, workers: int, resources: Resources, kind: type = Worker) -> None:
+        """`kind` is the class of the actors, made as `Worker` is; it has the method `ready`."""
         import ray
 
-        actor = ray.remote(Worker).options(
+        actor: Any = ray.remote(kind).options(
             num_cpus=resources.threads, num_gpus=resources.gpus, max_restarts=-1, max_task_retries=0
         )
         shipped = pickled(job)
         self._job = shipped if len(shipped) < _INLINE_BYTES else ray.put(shipped)  # held: actors restart from it
-        path = [str(Path(entry).resolve()) for entry in sys.path]
-        self._actors: list[Any] = [actor.remote(self._job, path, os.getcwd()) for _ in range(workers)]
+        self._actors: list[Any] = [actor.remote(self._job, *place_of_driver()) for _ in range(workers)]
         self._microbatch = job.microbatch
 
     def __enter__(self) -> Pool:
@@ -74,7 +81,7 @@ class Pool:
 
         Returns the items given up. Raises: OutOfMemory at once; GradscaleError if no actor can start.
         """
-        dispatch = _Dispatch(self._actors, method, items, self._microbatch)
+        dispatch = Dispatch(self._actors, method, items, self._microbatch)
         dispatch.run(on_result)
         return dispatch.failures
 
@@ -85,12 +92,12 @@ class Pool:
         return [int(pid) for pid in ray.get([actor.ready.remote() for actor in self._actors])]
 
 
-class _Dispatch:
+class Dispatch:
     """One pass of items over actors. An actor gets its first item once it is up, so slow starters hold nothing back."""
 
     def __init__(self, actors: list[Any], method: str, items: Sequence[tuple[Any, ...]], microbatch: int) -> None:
         self.failures: list[Failure] = []
-        self._actors = actors
+        self.actors = actors
         self._method = method
         self._items = items
         self._microbatch = microbatch
@@ -166,19 +173,24 @@ class _Dispatch:
             return
         hint = f"{_DEATHS} workers died over it, perhaps killed for memory: {memory_message(self._microbatch)}"
         self.failures.append(
-            Failure(self._items[index], self._deaths[index], GradscaleError(f"{hint} ({_short(error)})"))
+            Failure(self._items[index], self._deaths[index], GradscaleError(f"{hint} ({short(error)})"))
         )
 
     def _drop(self, actor: Any, error: Exception) -> None:
         """An actor that Ray does not restart: it could not be made."""
-        self._actors.remove(actor)
-        if not self._actors:
+        self.actors.remove(actor)
+        if not self.actors:
             raise GradscaleError(
-                f"a worker must be able to start, got {_short(error)}; the task must be importable or picklable there"
+                f"a worker must be able to start, got {short(error)}; the task must be importable or picklable there"
             ) from error
 
 
-def _short(error: Exception) -> str:
+def place_of_driver() -> tuple[list[str], str]:
+    """Its sys.path and working directory, for workers: see `unpacked`."""
+    return [str(Path(entry).resolve()) for entry in sys.path], os.getcwd()
+
+
+def short(error: Exception) -> str:
     """The last line of Ray's long messages that says something."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__

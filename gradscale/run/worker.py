@@ -67,18 +67,9 @@ class Worker:
     """
 
     def __init__(self, job: bytes, path: Sequence[str], folder: str) -> None:
-        sys.path.extend(entry for entry in path if entry not in sys.path)
-        if os.path.isdir(folder):
-            os.chdir(folder)
-        self._start(pickle.loads(job))
-
-    def _start(self, job: Job) -> None:
-        torch.set_num_threads(job.threads)
-        if job.device != "cpu":
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self._job = job
-        self._store = Store(Files(job.out))
+        self._job: Job = unpacked(job, path, folder)
+        set_up(self._job.threads, self._job.device)
+        self._store = Store(Files(self._job.out))
         self._loaded: _Loaded | None = None
 
     def ready(self) -> int:
@@ -105,7 +96,7 @@ class Worker:
             fingerprint(subject.examples),
             parameters,
             labels_of(subject.task, first) is not None,
-            _versions(self._job.device),
+            versions(self._job.device),
             choice,
         )
 
@@ -197,7 +188,23 @@ def _parameters(subject: Subject) -> dict[str, Any]:
     }
 
 
-def _versions(device: str) -> dict[str, str]:
+def unpacked(job: bytes, path: Sequence[str], folder: str) -> Any:
+    """The job, in a process that can import and open what the driver can."""
+    sys.path.extend(entry for entry in path if entry not in sys.path)
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    return pickle.loads(job)
+
+
+def set_up(threads: int, device: str) -> None:
+    """The process computes with so many threads, on a GPU the same bits every time."""
+    torch.set_num_threads(threads)
+    if device != "cpu":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def versions(device: str) -> dict[str, str]:
     from gradscale import __version__
 
     hardware = torch.cuda.get_device_name() if device != "cpu" else torch.backends.cpu.get_cpu_capability()

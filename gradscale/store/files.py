@@ -80,6 +80,11 @@ class Files:
         if self.exists(name):
             self.system.delete_file(self.path(name))
 
+    def delete_folder(self, name: str) -> None:
+        """Delete the folder and all in it, if it is there."""
+        if self.exists(name):
+            self.system.delete_dir(self.path(name))
+
     def delete_leftovers(self) -> Iterator[str]:
         """Delete the temporary files that an interrupted run left behind, and name them."""
         for name in self.list():
