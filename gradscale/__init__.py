@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
     from gradscale.run.check_measure import check_measure as check_measure
     from gradscale.run.covariance_spectrum import covariance_spectrum as covariance_spectrum
+    from gradscale.run.engine_hessian import engine_hessian as engine_hessian
     from gradscale.run.features import featurizer_width as featurizer_width
     from gradscale.run.job import Progress as Progress
     from gradscale.run.job import measure as measure
@@ -91,6 +92,7 @@ _HOMES = {
     "batch_coherence": "gradscale.run.batch_gradients",
     "covariance_spectrum": "gradscale.run.covariance_spectrum",
     "check_measure": "gradscale.run.check_measure",
+    "engine_hessian": "gradscale.run.engine_hessian",
     "featurizer_width": "gradscale.run.features",
     "Progress": "gradscale.run.job",
     "measure": "gradscale.run.job",
