@@ -23,6 +23,7 @@ from torch import Tensor
 
 import gradscale as gs
 from gradscale.cli import main
+from gradscale.curvature.stability import report_of_gram
 from gradscale.run.spectrum_estimates import TraceSums, enough
 from gradscale.run.spectrum_plan import SpectrumPlan, check_sizes
 
@@ -258,6 +259,25 @@ def test_a_deflated_trace(tmp_path: Path, dense: dict) -> None:
     assert value(run, "trace_sample")[0] == pytest.approx(np.trace(dense["ggn"]), rel=1e-7)  # P = 29 vectors span all
 
 
+def test_stability_is_that_of_the_dense_matrices(tmp_path: Path) -> None:
+    """The Gauss-Newton matrices are of rank one and no less than 0: the report for small problems has all, exactly."""
+    _, jacobians, _ = rows()
+    eta, batch = 0.9, 4
+    exact = {each.name: each for each in report_of_gram(jacobians @ jacobians.T, eta, batch).criteria}
+    run = gs.spectrum(Regression(), str(tmp_path / "run"), "ggn", 1, False, stability=gs.Stability(eta, batch),
+                      workers=2, **SETTINGS)  # fmt: skip
+    found = run.estimates().set_index("name")
+    assert set(found["measure"]) == {"gauss_newton", "stability"}
+    for name in ("sharpness", "bound_along"):
+        assert found.loc[name, "value"] == pytest.approx(exact[name].value, rel=1e-7)
+        assert found.loc[f"{name}_threshold", "value"] == pytest.approx(exact[name].threshold, rel=1e-7)
+    bound = found.loc["bound_of_traces_threshold"]
+    assert abs(bound["value"] - exact["bound_of_traces"].threshold) < 4 * bound["stderr"]
+    assert found.loc["non_uniformity", "value"] <= exact["non_uniformity"].value
+    report = json.loads((tmp_path / "run/parts/step-00000000/eigenvalues.json").read_text())["stability"]
+    assert report["verdict"] in ("unstable", "undecided")
+
+
 def test_a_unit_that_fails_leaves_the_others(tmp_path: Path) -> None:
     task, out = Troubled(str(tmp_path), "raise", times=99), tmp_path / "run"
     settings = {"top": 0, "trace": gs.Hutchinson(8, None), "microbatch": 4, "shard_size": 4}
@@ -280,7 +300,10 @@ def test_a_unit_that_fails_leaves_the_others(tmp_path: Path) -> None:
         ({"top": 0, "trace": False}, "a spectrum must be asked for something, got nothing; add --top"),
         ({"operator": "covariance", "norms": True}, "norms must be of hessian or ggn, got operator covariance"),
         ({"trace": gs.Deflated("xnystrace")}, "method of the trace must be hutchinson, hutch"),
-        ({"stability": gs.Stability(0.1, 4), "top": 0}, "stability needs the largest eigenvalue, got top = 0"),
+        (
+            {"stability": gs.Stability(0.1, 4), "top": 0},
+            "stability needs the largest eigenvalue of hessian or ggn, got top = 0",
+        ),
         ({"max_steps": 0}, "max_steps must be a whole number of at least 1, got 0"),
     ],
 )

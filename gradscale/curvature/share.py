@@ -69,6 +69,11 @@ def half_operators(
     return found
 
 
+def own_operator(kind: str, stream: Stream, choice: Choice) -> HessianOperator | GaussNewtonOperator:
+    """The operator `hessian` or `ggn` over a process's own examples."""
+    return (HessianOperator if kind == "hessian" else GaussNewtonOperator)(stream, choice)
+
+
 @dataclass(frozen=True, eq=False)
 class MeanPart:
     """v -> (1 / sum w) sum_i w_i M_i v over a process's own examples, the sum of weights being that of all processes.
@@ -86,11 +91,14 @@ class MeanPart:
     def here(self) -> range:
         return range(self.size)
 
+    def operators(self) -> list[HessianOperator | GaussNewtonOperator]:
+        """Of each of the process's own streams."""
+        return [own_operator(self.kind, share, self.choice) for share in self.shares]
+
     def products(self, vectors: Tensor) -> Tensor:
-        kind = HessianOperator if self.kind == "hessian" else GaussNewtonOperator
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
-        for share in self.shares:
-            total += kind(share, self.choice).sums(vectors)
+        for own in self.operators():
+            total += own.sums(vectors)
         return (total / self.total).to(vectors.dtype)
 
     def all_sum(self, parts: Tensor) -> Tensor:

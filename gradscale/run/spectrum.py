@@ -87,8 +87,11 @@ def spectrum(
                    max_steps=max_steps)  # fmt: skip
     asked = _asked(operator, trace, density, norms, stability)
     check_settings(operator, top, which, backend, vectors, list(asked.values()), bool(asked["norms"]))
-    if stability is not None and not top:
-        raise GradscaleError("stability needs the largest eigenvalue, got top = 0; ask for --top 1")
+    if stability is not None and (not top or which == "magnitude" or operator == "covariance"):
+        raise GradscaleError(
+            f"stability needs the largest eigenvalue of hessian or ggn, got top = {top}, which = {which} and operator "
+            f"{operator}; ask for --top 1"
+        )
     options = dict(task_options or {})
     name, loaded = resolve_task(task, options)
     options = options or plain_fields(loaded)

@@ -74,7 +74,9 @@ def step_rows(plan: SpectrumPlan, step: int, parts: Mapping[str, Mapping[str, An
         rows += _norms(plan, step, parts["norms"])
     if "nodes" in parts:
         rows += _functions(plan, step, parts["nodes"]["quadrature"])
-    rows += [EstimateRow(step, "stability", *row) for row in parts.get("stability", {}).get("rows", [])]
+    report = parts.get("eigenvalues", {}).get("stability")
+    if report is not None:
+        rows += [EstimateRow(step, "stability", name, "all", *rest) for name, *rest in report["rows"]]
     return rows
 
 

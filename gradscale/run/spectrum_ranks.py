@@ -20,9 +20,12 @@ from gradscale.curvature.krylov import LanczosState
 from gradscale.curvature.lanczos import Ritz, lanczos
 from gradscale.curvature.operator import Operator
 from gradscale.curvature.probes import FlatProbes
+from gradscale.curvature.processes import Sharded
 from gradscale.curvature.quadrature import quadratures
 from gradscale.curvature.share import ShardedCovariance, half_operators, operator_of
 from gradscale.curvature.slices import row_dots
+from gradscale.curvature.stability_of_gang import stability_of_gang
+from gradscale.curvature.stability_rows import stability_rows
 from gradscale.curvature.stream import Stream
 from gradscale.run.lanczos_commits import LanczosCommits
 from gradscale.run.spectrum_choice import choice_of
@@ -73,8 +76,32 @@ class Rank:
             plan.seed,
             on_step,
         )
-        return {**_ritz_record(found), "resumed_from": start.step if start is not None else 0,
-                "seconds": time.monotonic() - began}  # fmt: skip
+        return {
+            **_ritz_record(found),
+            "resumed_from": start.step if start is not None else 0,
+            "seconds": time.monotonic() - began,
+            "stability": self._stability(operator, found),
+        }
+
+    def _stability(self, operator: Operator, found: Ritz) -> dict[str, Any] | None:
+        """The report's rows and verdict, where it was asked for."""
+        asked, plan = self.plan.stability, self.plan
+        if asked is None:
+            return None
+        assert isinstance(operator, Sharded)
+        self.say(Said("stability", 0, 1, ""))
+        report = stability_of_gang(
+            operator,
+            found,
+            len(self.stream.subject.examples),
+            plan.examples,
+            asked["eta"],
+            asked["batch_size"],
+            asked["momentum"],
+            asked["example_norms"],
+            plan.seed,
+        )
+        return {"verdict": report.verdict, "rows": [list(row) for row in stability_rows(report)]}
 
     def nodes(self, choice: Mapping[str, Any], first: int, last: int) -> dict[str, Any]:
         """The quadratures of the probes `first` to `last` - 1."""
