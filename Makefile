@@ -47,6 +47,7 @@ bench: $(STAMP) $(BENCH_STAMP) unlock ## what measuring costs and how far sketch
 	PYTHONPATH=$(CURDIR) $(BENCH_PY) benchmarks/bench_sketches.py --subjects ""  # holds the peers' definitions to bergson
 	$(PY) benchmarks/bench_sketches.py
 	$(PY) benchmarks/bench_store.py
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BENCH_PY) benchmarks/bench_correctness.py
 
 clean: ## remove caches, runs and build products; .venv and .venv-bench stay
 	rm -rf .cache runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
