@@ -11,6 +11,8 @@ STAMP := .venv/.installed
 BENCH_PY := $(CURDIR)/.venv-bench/bin/python
 BENCH_STAMP := .venv-bench/.installed
 THREADS ?= 1
+# Test files side by side: most of a test's time is spent in waiting for processes to start.
+PARALLEL ?= -n 2 --dist loadfile
 
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS = $(THREADS)
@@ -30,10 +32,10 @@ demo: $(STAMP) unlock compiler ## train a small transformer on true and on permu
 	DS_ACCELERATOR=cpu $(PY) jobs/demo.py
 
 test: $(STAMP) unlock ## the tests that need neither a GPU, several machines nor much time
-	$(PY) -m pytest
+	$(PY) -m pytest $(PARALLEL)
 
 test-all: $(STAMP) unlock ## every test, whatever it needs
-	$(PY) -m pytest -m ""
+	$(PY) -m pytest -m "" $(PARALLEL)
 
 check: $(STAMP) ## style, types and the layers of the design
 	$(BIN)/ruff check .
@@ -47,6 +49,9 @@ bench: $(STAMP) $(BENCH_STAMP) unlock ## what measuring costs and how far sketch
 	PYTHONPATH=$(CURDIR) $(BENCH_PY) benchmarks/bench_sketches.py --subjects ""  # holds the peers' definitions to bergson
 	$(PY) benchmarks/bench_sketches.py
 	$(PY) benchmarks/bench_store.py
+	$(PY) benchmarks/bench_curvature.py
+	$(PY) benchmarks/bench_spectrum.py
+	PYTHONPATH=$(CURDIR):$(CURDIR)/tests $(BENCH_PY) benchmarks/bench_correctness.py
 
 clean: ## remove caches, runs and build products; .venv and .venv-bench stay
 	rm -rf .cache runs build dist .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
