@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,15 +23,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from gradscale.curvature.backends import BACKENDS, Choice, DoubleBackward, FiniteDifferences, choose_hessian
+from gradscale.curvature.backends import (
+    BACKENDS,
+    BACKWARD_JACOBIAN,
+    DOUBLE_BACKWARD,
+    Choice,
+    FiniteDifferences,
+    choose_hessian,
+)
 from gradscale.curvature.calibrate import QUANTITIES, best, calibrate
 from gradscale.curvature.check import self_test
 from gradscale.curvature.layout import Layout, gaussian, rademacher
+from gradscale.curvature.master import master_of, squared_way
 from gradscale.curvature.operator import DenseOperator, Operator, dots, norms
 from gradscale.curvature.operators import (
     CovarianceOperator,
-    GaussNewtonOperator,
-    HessianOperator,
+    CurvatureOperator,
     example_products,
     gauss_newton,
     hessian,
@@ -210,7 +218,9 @@ class TestHessian:
     def test_microbatches_change_rounding_alone(self, backend: str) -> None:
         """11 examples by 4: a mean of means of microbatches would weigh the last three more."""
         choice = choose_hessian(stream_of(TanhNet()), backend)
-        found = [HessianOperator(s, choice).products(probes(s)) for s in (stream_of(TanhNet(), m) for m in (1, 4, 11))]
+        found = [
+            CurvatureOperator(s, choice).products(probes(s)) for s in (stream_of(TanhNet(), m) for m in (1, 4, 11))
+        ]
         tolerance = 1e-14 if backend in EXACT else 1e-8
         assert far(found[0], found[2]) < tolerance
         assert far(found[1], found[2]) < tolerance
@@ -252,7 +262,7 @@ class TestHessian:
         stream = stream_of(ModelAtHand(nn.Linear(3, 1).double(), {"x": torch.randn(4, 3).double()}, _fails_when_moved))
         before = [p.detach().clone() for p in stream.parameters]
         _fails_when_moved.at = before[0].clone()  # type: ignore[attr-defined]
-        operator = HessianOperator(stream, Choice(FiniteDifferences(1e-3), 0.0, {}))
+        operator = CurvatureOperator(stream, Choice(FiniteDifferences(1e-3), 0.0, {}))
         with pytest.raises(ArithmeticError):
             operator.products(probes(stream))
         assert all(torch.equal(p, b) for p, b in zip(stream.parameters, before, strict=True))
@@ -299,11 +309,9 @@ class TestGaussNewton:
 
     @pytest.mark.parametrize("name", TASKS)
     def test_without_forward_mode(self, name: str) -> None:
-        from gradscale.curvature.backends import BackwardJacobian
-
         stream = stream_of(TASKS[name]())
         forward = gauss_newton(stream)
-        backward = GaussNewtonOperator(stream, Choice(BackwardJacobian(), 0.0, {}))
+        backward = CurvatureOperator(stream, Choice(BACKWARD_JACOBIAN, 0.0, {}))
         assert far(backward.products(probes(stream)), forward.products(probes(stream))) < 1e-12
 
     def test_is_the_hessian_of_a_quadratic(self) -> None:
@@ -432,6 +440,94 @@ class TestWhatTheModelAllows:
         assert far(operator.products(probes(stream)), hessian(plain).products(probes(plain))) < 1e-8
 
 
+class OnceOnly(torch.autograd.Function):
+    """tanh, as a fused kernel is written whose backward nobody thought of differentiating."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class OutsideAutograd(OnceOnly):
+    """The same with a backward that leaves autograd, as a kernel of another library does."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return torch.from_numpy(grad.detach().numpy() * (1 - y.detach().numpy() ** 2))
+
+
+class Followed(OnceOnly):
+    """The same with a backward that autograd follows."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grad * (1 - y * y)
+
+
+class ByFunction(nn.Module):
+    """x + f(x) in the place of tanh(x): the graph goes around f, too."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.function(x)
+
+
+def with_function(function: Callable[[Tensor], Tensor]) -> Stream:
+    """`TanhNet` around a function, and a loss on what it returns."""
+    net, tensors = TanhNet().model(None), TanhNet().examples().tensors
+    net[1] = ByFunction(function)
+    losses = lambda m, b: F.cross_entropy(m(b["x"]), b["label"], reduction="none")  # noqa: E731
+    return stream_of(ModelAtHand(net, tensors, losses))
+
+
+class TestFunctionsThatCanBeDifferentiatedOnce:
+    """torch.autograd.grad(create_graph=True) takes what they give for constants: a wrong Hessian, and no error."""
+
+    @pytest.mark.parametrize("function", [OnceOnly, OutsideAutograd])
+    def test_they_are_left_to_finite_differences(self, function: type[OnceOnly]) -> None:
+        stream, known = with_function(function.apply), with_function(torch.tanh)
+        operator = hessian(stream)
+        assert operator.choice.backend.name == "finite_differences"
+        says = {OnceOnly: "once_differentiable", OutsideAutograd: "OutsideAutogradBackward"}[function]
+        assert says in operator.choice.refused["double_backward"]
+        assert far(operator.products(probes(stream)), hessian(known).products(probes(known))) < 1e-8
+
+    @pytest.mark.parametrize("function", [OnceOnly, OutsideAutograd])
+    def test_they_are_refused_where_nothing_else_is_asked_for(self, function: type[OnceOnly]) -> None:
+        stream = with_function(function.apply)
+        with pytest.raises(GradscaleError, match=r"got double_backward: gradients must have a graph, got .*; take"):
+            hessian(stream, "double_backward")
+        with pytest.raises(GradscaleError, match=r"backward_jacobian: gradients must have a graph, got"):
+            gauss_newton(stream)
+
+    def test_in_the_loss_they_are_refused_by_gauss_newton(self) -> None:
+        """Its curvature in the outputs would be taken for zero."""
+        net, tensors = TanhNet().model(None), TanhNet().examples().tensors
+        losses = lambda m, b: OnceOnly.apply(m(b["x"])).square().sum(dim=1)  # noqa: E731
+        with pytest.raises(GradscaleError, match="backward_jacobian: gradients must have a graph, got"):
+            gauss_newton(stream_of(ModelAtHand(net, tensors, losses)))
+
+    def test_what_autograd_follows_goes_through(self) -> None:
+        stream, known = with_function(Followed.apply), with_function(torch.tanh)
+        operator = hessian(stream, "double_backward")
+        assert far(operator.products(probes(stream)), hessian(known).products(probes(known))) < 1e-13
+        backward = CurvatureOperator(stream, Choice(BACKWARD_JACOBIAN, 0.0, {}))
+        assert far(backward.products(probes(stream)), gauss_newton(known).products(probes(known))) < 1e-12
+
+
 class TestFiniteDifferences:
     """On a trained GPT-2 with LayerNorm and attention, in float32."""
 
@@ -439,7 +535,7 @@ class TestFiniteDifferences:
     def test_calibrated_products_are_as_far_off_as_they_say(self, quantity: str) -> None:
         stream, exact = trained()
         step = calibrate(stream)[quantity]
-        operator = HessianOperator(stream, Choice(FiniteDifferences(step.eps), step.error, {}))
+        operator = CurvatureOperator(stream, Choice(FiniteDifferences(step.eps), step.error, {}))
         g = exact_gradient(exact)
         v = probes(stream, 1, seed=7)[0] if quantity == "trace" else g / g.norm()
         (found,), (expected,) = operator.products(v[None]), hessian(exact, "double_backward").products(v[None])
@@ -480,11 +576,64 @@ class TestFiniteDifferences:
         errors = {eps: 3.0 * eps**2 + 1e-6 / eps for eps in ladder}
         assert 0.25 * errors[step.eps] < step.error < 4 * errors[step.eps]
 
-    def test_half_precision_weights_are_refused(self) -> None:
-        stream = stream_of(TanhNet())
-        stream.subject.model.bfloat16()
-        with pytest.raises(GradscaleError, match="parameters must be float32 or float64 for finite differences, got"):
-            hessian(stream, "finite_differences")
+    def test_under_an_autocast_around_all_of_it(self) -> None:
+        """It keeps the bfloat16 weights of the first pass, and the gradient would not change at all."""
+        stream, _ = trained()
+        operator, v = hessian(stream, "finite_differences"), probes(stream, 1).float()
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = CurvatureOperator(stream, Choice(FiniteDifferences(1e-2), 0.0, {})).products(v)
+        assert far(inside, operator.products(v)) < 0.5
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_a_master_rounds_to_the_weights_and_lies_evenly_around_them(self, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        weights = (torch.randn(40_000, generator=generator) * torch.logspace(-9, 3, 40_000)).to(dtype)
+        weights[:5] = torch.tensor([0.0, -0.0, 1.0, -2.0, 65504.0 if dtype == torch.float16 else 3e38])
+        master = master_of("a", weights)
+        assert master.dtype == torch.float32
+        assert torch.equal(master.to(dtype), weights)
+        assert torch.equal(master_of("a", weights), master)
+        assert not torch.equal(master_of("b", weights), master)
+        off = ((master - weights.float()) / weights.float() / torch.finfo(dtype).eps)[5:]
+        off = off[off.isfinite() & (weights[5:].abs() > 1e-4)]
+        significand = 2 * torch.frexp(weights[5:].float().abs()).mantissa[weights[5:].abs() > 1e-4]
+        share = off * significand  # of the distance between neighbours, from -1/2 to 1/2
+        assert float(share.abs().max()) <= 0.5
+        assert abs(float(share.mean())) < 5 / math.sqrt(12 * len(share))
+        assert float(share.square().mean()) == pytest.approx(1 / 12, rel=0.03)
+        assert master_of("a", master) is master
+
+    def test_a_move_by_less_than_a_step_of_the_weights_is_kept_in_the_mean(self) -> None:
+        """Half the moves are by a tenth of the distance to the next weight; to the nearest, none would be moved."""
+        weights = torch.full((100_000,), 1.0, dtype=torch.bfloat16)
+        gap, v = 2.0**-7, torch.ones(100_000)
+        (master,) = [master_of("a", weights)]
+        assert torch.equal((weights.float() + gap / 10).bfloat16(), weights)
+        moved = ((master + gap / 10).bfloat16().float() - weights.float()).mean() / (gap / 10)
+        assert float(moved) == pytest.approx(1, abs=0.05)
+        assert squared_way([weights], [master], [v], gap / 10) == pytest.approx(100_000, rel=0.05)
+        assert squared_way([weights], [weights], [v], gap / 10) is None
+
+    def test_weights_come_back_bit_for_bit(self) -> None:
+        stream = half_precision()
+        before = [p.detach().clone() for p in stream.parameters]
+        hessian(stream, "finite_differences", "lambda_max").products(probes(stream).float())
+        assert all(torch.equal(p, b) for p, b in zip(stream.parameters, before, strict=True))
+
+    @pytest.mark.parametrize("backend", BACKENDS)
+    def test_the_self_test_passes(self, backend: str) -> None:
+        assert self_test(hessian(half_precision(), backend, "lambda_max")).change > 1e-3
+
+
+def half_precision() -> Stream:
+    """The trained model, loaded in bfloat16."""
+    task = SmallGPT2(rows=16, length=12)
+    subject = subject_of(task)
+    subject.model.load_state_dict(trained()[0].subject.model.state_dict())
+    subject.model.bfloat16()
+    return Stream(subject, range(16), 16)
 
 
 @cache
@@ -538,7 +687,7 @@ class AtOtherWeights:
                 with torch.no_grad():
                     for p, part in zip(stream.parameters, stream.layout.unflatten(self.place(v)), strict=True):
                         p.copy_(part)
-                DoubleBackward().add(stream, v[None], row[None])
+                DOUBLE_BACKWARD.add(stream, v[None], row[None])
 
 
 @dataclass(frozen=True)
@@ -549,7 +698,7 @@ class FirstLayerOff:
 
     def add(self, stream: Stream, vectors: Tensor, total: Tensor) -> None:
         before = total.clone()
-        DoubleBackward().add(stream, vectors, total)
+        DOUBLE_BACKWARD.add(stream, vectors, total)
         first = slice(0, stream.layout.sizes[0])
         total[:, first] += 0.1 * (total - before)[:, first]
 
@@ -581,14 +730,14 @@ class TestSelfTest:
     def test_products_that_do_not_depend_on_the_weights(self) -> None:
         stream = stream_of(TanhNet())
         with pytest.raises(GradscaleError, match="the product must change with the weights, got a relative change of"):
-            self_test(HessianOperator(stream, Choice(AtOtherWeights(lambda v: torch.ones_like(v)), 0.0, {})))
+            self_test(CurvatureOperator(stream, Choice(AtOtherWeights(lambda v: torch.ones_like(v)), 0.0, {})))
         with pytest.raises(GradscaleError, match="the operator must be symmetric, got u'Mv and v'Mu"):
-            self_test(HessianOperator(stream, Choice(AtOtherWeights(lambda v: v), 0.0, {})))
+            self_test(CurvatureOperator(stream, Choice(AtOtherWeights(lambda v: v), 0.0, {})))
 
     def test_products_that_are_not_symmetric(self) -> None:
         stream = stream_of(FewDigits())
         with pytest.raises(GradscaleError, match="the operator must be symmetric, got u'Mv and v'Mu"):
-            self_test(HessianOperator(stream, Choice(FirstLayerOff(), 0.0, {})))
+            self_test(CurvatureOperator(stream, Choice(FirstLayerOff(), 0.0, {})))
 
     @pytest.mark.parametrize("backend", BACKENDS)
     def test_a_random_model(self, backend: str) -> None:
@@ -621,7 +770,7 @@ class TestBadInput:
         x = tensors["x"].clone()
         x[6] = math.nan
         stream = stream_of(ModelAtHand(TanhNet().model(None), {**tensors, "x": x}, TanhNet().losses))
-        operator = HessianOperator(stream, Choice(DoubleBackward(), 0.0, {}))
+        operator = CurvatureOperator(stream, Choice(DOUBLE_BACKWARD, 0.0, {}))
         with pytest.raises(GradscaleError, match=r"must be finite for every example, got a loss .* example 6"):
             operator.products(probes(stream))
         with pytest.raises(GradscaleError, match=r"must be finite for every example, got a gradient .* example 6"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,8 +17,9 @@ from gradscale.curvature.calibrate import QUANTITIES, calibrate
 from gradscale.curvature.gauss_newton import add_gauss_newton, add_gauss_newton_backward, check_split
 from gradscale.curvature.layout import gaussian
 from gradscale.curvature.products import add_differences, add_double_backward, add_forward_over_backward
-from gradscale.curvature.stream import Stream
+from gradscale.curvature.stream import Microbatch, Stream
 from gradscale.errors import GradscaleError
+from gradscale.grads.subject import Subject
 
 
 class Backend(Protocol):
@@ -30,25 +32,21 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True)
-class DoubleBackward:
-    """`add_double_backward`: exact."""
+class Exact:
+    """By derivatives of one microbatch after another, with a function of `products` or `gauss_newton`."""
 
-    name = "double_backward"
-
-    def add(self, stream: Stream, vectors: Tensor, total: Tensor) -> None:
-        for microbatch in stream:
-            add_double_backward(stream.subject, microbatch, vectors, total)
-
-
-@dataclass(frozen=True)
-class ForwardOverBackward:
-    """`add_forward_over_backward`: exact."""
-
-    name = "forward_over_backward"
+    name: str
+    of_microbatch: Callable[[Subject, Microbatch, Tensor, Tensor], None]
 
     def add(self, stream: Stream, vectors: Tensor, total: Tensor) -> None:
         for microbatch in stream:
-            add_forward_over_backward(stream.subject, microbatch, vectors, total)
+            self.of_microbatch(stream.subject, microbatch, vectors, total)
+
+
+DOUBLE_BACKWARD = Exact("double_backward", add_double_backward)
+FORWARD_OVER_BACKWARD = Exact("forward_over_backward", add_forward_over_backward)
+FORWARD_JACOBIAN = Exact("forward_jacobian", add_gauss_newton)
+BACKWARD_JACOBIAN = Exact("backward_jacobian", add_gauss_newton_backward)
 
 
 @dataclass(frozen=True)
@@ -71,26 +69,7 @@ class FiniteDifferences:
             add_differences(stream, vector, self.eps, row)
 
 
-@dataclass(frozen=True)
-class ForwardJacobian:
-    """`add_gauss_newton`: exact."""
-
-    name = "forward_jacobian"
-
-    def add(self, stream: Stream, vectors: Tensor, total: Tensor) -> None:
-        for microbatch in stream:
-            add_gauss_newton(stream.subject, microbatch, vectors, total)
-
-
-@dataclass(frozen=True)
-class BackwardJacobian:
-    """`add_gauss_newton_backward`: exact."""
-
-    name = "backward_jacobian"
-
-    def add(self, stream: Stream, vectors: Tensor, total: Tensor) -> None:
-        for microbatch in stream:
-            add_gauss_newton_backward(stream.subject, microbatch, vectors, total)
+_Attempt = Callable[[], tuple[Backend, float]]
 
 
 class Choice(NamedTuple):
@@ -101,7 +80,7 @@ class Choice(NamedTuple):
     refused: Mapping[str, str]  # the ways tried before it, and why each does not serve
 
 
-BACKENDS = ("auto", DoubleBackward.name, ForwardOverBackward.name, FiniteDifferences.name)
+BACKENDS = ("auto", DOUBLE_BACKWARD.name, FORWARD_OVER_BACKWARD.name, FiniteDifferences.name)
 
 
 def choose_hessian(stream: Stream, asked: str = "auto", quantity: str = "vector", seed: int = 0) -> Choice:
@@ -120,11 +99,8 @@ def choose_hessian(stream: Stream, asked: str = "auto", quantity: str = "vector"
         step = calibrate(stream.first, seed)[quantity]
         return FiniteDifferences(step.eps), step.error
 
-    ways = {
-        DoubleBackward.name: lambda: _exact(stream, DoubleBackward(), seed),
-        ForwardOverBackward.name: lambda: _exact(stream, ForwardOverBackward(), seed),
-        FiniteDifferences.name: differences,
-    }
+    exact = {way.name: partial(_exact, stream, way, seed) for way in (DOUBLE_BACKWARD, FORWARD_OVER_BACKWARD)}
+    ways: dict[str, _Attempt] = exact | {FiniteDifferences.name: differences}
     return _first(ways if asked == "auto" else {asked: ways[asked]}, "Hessian products")
 
 
@@ -133,12 +109,16 @@ def choose_gauss_newton(stream: Stream, seed: int = 0) -> Choice:
 
     Raises: GradscaleError if the loss is not a function of the outputs, or the model has neither derivative.
     """
-    check_split(stream.subject, next(iter(stream.first)))
-    ways = {way.name: lambda way=way: _exact(stream, way, seed) for way in (ForwardJacobian(), BackwardJacobian())}
+
+    def attempt(way: Exact) -> tuple[Backend, float]:
+        check_split(stream.subject, next(iter(stream.first)))
+        return _exact(stream, way, seed)
+
+    ways = {way.name: partial(attempt, way) for way in (FORWARD_JACOBIAN, BACKWARD_JACOBIAN)}
     return _first(ways, "Gauss-Newton products")
 
 
-def _first(ways: Mapping[str, Callable[[], tuple[Backend, float]]], what: str) -> Choice:
+def _first(ways: Mapping[str, _Attempt], what: str) -> Choice:
     refused: dict[str, str] = {}
     for name, attempt in ways.items():
         try:

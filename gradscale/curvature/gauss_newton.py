@@ -22,7 +22,14 @@ from gradscale.curvature.products import add_parts
 from gradscale.curvature.stream import Microbatch, loss_at, summed
 from gradscale.errors import GradscaleError
 from gradscale.grads.call import float_tensors
-from gradscale.grads.functional import Caller, called, differentiable_attention, load_forward_derivatives
+from gradscale.grads.functional import (
+    Caller,
+    called,
+    depend,
+    differentiable_attention,
+    gradient_graph,
+    load_forward_derivatives,
+)
 from gradscale.grads.subject import Subject
 from gradscale.task import check_rows
 
@@ -60,13 +67,7 @@ def add_gauss_newton_backward(subject: Subject, microbatch: Microbatch, vectors:
         cut = split(subject, microbatch)
         weights = [torch.zeros_like(u, requires_grad=True) for u in cut.outputs]
         live = [j for j, u in enumerate(cut.outputs) if u.requires_grad]
-        back = torch.autograd.grad(
-            [cut.outputs[j] for j in live],
-            parameters,
-            [weights[j] for j in live],
-            create_graph=True,
-            allow_unused=True,
-        )
+        back = gradient_graph([cut.outputs[j] for j in live], parameters, [weights[j] for j in live])
         tangents = [_transposed(back, weights, layout.unflatten(vector)) for vector in vectors]
         _add_back(cut, tangents, parameters, layout, total)
 
@@ -104,8 +105,8 @@ def _cut(subject: Subject, microbatch: Microbatch) -> tuple[list[Tensor], list[T
 def _sloped(subject: Subject, outputs: list[Tensor], leaves: list[Tensor], loss: Tensor) -> Split:
     if not loss.requires_grad or not any(u.requires_grad for u in outputs):
         raise _not_a_function("they are not computed from what the model returns")
-    slopes = list(torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True))
-    if _losses_of(subject) is None and not any(s is not None and s.requires_grad for s in slopes):
+    slopes = gradient_graph([loss], leaves)
+    if _losses_of(subject) is None and not depend(slopes, leaves):
         raise _not_a_function("they are linear in what the model returns (is it the loss itself?)")
     return Split(outputs, leaves, slopes)
 
@@ -217,10 +218,8 @@ def _add_back(
     total: Tensor,
 ) -> None:
     """Add J^T Lambda t for every one of the `tangents` t to its row of `total`."""
-    curved = {j: slope for j, slope in enumerate(cut.slopes) if slope is not None and slope.requires_grad}
+    curved = {j: slope for j, slope in enumerate(cut.slopes) if slope is not None}
     for k, tangent in enumerate(tangents):
-        if not curved:
-            return
         weights = torch.autograd.grad(
             list(curved.values()),
             cut.leaves,
@@ -229,6 +228,8 @@ def _add_back(
             allow_unused=True,
         )
         pairs = [(u, w) for u, w in zip(cut.outputs, weights, strict=True) if u.requires_grad and w is not None]
+        if not pairs:  # the loss is linear in the outputs
+            return
         outputs, along = zip(*pairs, strict=True)
         found = torch.autograd.grad(outputs, parameters, along, retain_graph=k + 1 < len(tangents), allow_unused=True)
         add_parts(layout, found, total[k])

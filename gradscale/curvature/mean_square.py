@@ -140,8 +140,9 @@ class _Quotient:
 def _threshold(values: Tensor, spread: Callable[[Tensor], Tensor], p: float, iterations: int) -> Threshold:
     if not len(values):
         return Threshold(math.inf, 0.0)
-    found = leading_eigenpair(_Quotient(values, spread, p), iterations, tolerance=1e-13)
-    return Threshold(2 / found.value, 2 * found.residual / found.value**2)
+    found = leading_eigenpair(_Quotient(values, spread, p), iterations)
+    value = float(found.values[0])
+    return Threshold(2 / value, 2 * float(found.residuals[0]) / value**2)
 
 
 def _check(matrices: Tensor) -> None:

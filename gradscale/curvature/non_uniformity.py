@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gradscale.curvature.leading import Leading, leading_eigenpair
+from gradscale.curvature.leading import leading_eigenpair
 from gradscale.errors import GradscaleError
 
 
@@ -135,16 +135,18 @@ class NonUniformity(NamedTuple):
     vector: Tensor  # [P], the leading eigenvector of Sigma
 
 
-def non_uniformity(hessians: ExampleHessians, iterations: int = 200, tolerance: float = 1e-10) -> NonUniformity:
+def non_uniformity(hessians: ExampleHessians, max_steps: int = 200) -> NonUniformity:
     """s = sqrt(lambda_max(Sigma)), by Lanczos.
 
-    Cost: four products an example and iteration. Not the sqrt((1/n) sum |H_i v|^2 - (v^T H v)^2) of the authors' code,
+    Cost: four products an example and step. Not the sqrt((1/n) sum |H_i v|^2 - (v^T H v)^2) of the authors' code,
     which is larger unless v is an eigenvector of H.
     Source: Wu, Ma and E (2018), NeurIPS, "How SGD selects the global minima".
     """
-    found: Leading = leading_eigenpair(HessianSpread(hessians), iterations, tolerance)
-    value = math.sqrt(max(found.value, 0.0))
-    return NonUniformity(value, math.sqrt(max(found.value, 0.0) + found.residual) - value, found.vector)
+    found = leading_eigenpair(HessianSpread(hessians), max_steps)
+    square = max(float(found.values[0]), 0.0)
+    return NonUniformity(
+        math.sqrt(square), math.sqrt(square + float(found.residuals[0])) - math.sqrt(square), found.vectors[0]
+    )
 
 
 class Along(NamedTuple):

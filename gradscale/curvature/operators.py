@@ -25,10 +25,11 @@ _TOGETHER = 8  # vectors that share a graph, and are held in float64
 
 
 @dataclass(frozen=True, eq=False)
-class HessianOperator:
-    """v -> (1 / sum w) sum_i w_i H_i v, H_i the Hessian of example i's loss. Made by `hessian`.
+class CurvatureOperator:
+    """v -> (1 / sum w) sum_i w_i M_i v, the M_i being what the chosen way multiplies with.
 
-    Status: identity for an exact backend, up to `choice.error`; estimator for finite differences.
+    Made by `hessian`, H_i of example i's loss, or by `gauss_newton`, J_i^T Lambda_i J_i, see `gauss_newton.py`. Status:
+    identity for an exact way, up to `choice.error`; estimator for finite differences.
     """
 
     stream: Stream
@@ -43,50 +44,23 @@ class HessianOperator:
         return range(self.size)
 
     def products(self, vectors: Tensor) -> Tensor:
-        return _means(self.stream, vectors, self.sums)
+        _check_vectors(vectors, self.size)
+        return _by_eight(vectors, lambda part: self.sums(part).div_(self.stream.total_weight))
 
     def sums(self, vectors: Tensor) -> Tensor:
-        """[k, P] float64: sum_i w_i H_i v."""
-        return _sums(self.stream, self.choice, vectors)
+        """[k, P] float64: sum_i w_i M_i v."""
+        _check_vectors(vectors, self.size)
+        total = _zeros(vectors)
+        self.choice.backend.add(self.stream, vectors, total)
+        if not bool(torch.stack(total.aminmax()).isfinite().all()):
+            raise _why_not_finite(self.stream)
+        return total
 
     def all_sum(self, parts: Tensor) -> Tensor:
         return parts
 
-    def on(self, stream: Stream) -> HessianOperator:
+    def on(self, stream: Stream) -> CurvatureOperator:
         """The same way over other examples of the model."""
-        return replace(self, stream=stream)
-
-
-@dataclass(frozen=True, eq=False)
-class GaussNewtonOperator:
-    """v -> (1 / sum w) sum_i w_i J_i^T Lambda_i J_i v, see `gauss_newton.py`. Made by `gauss_newton`.
-
-    Positive semidefinite where the losses are convex in the outputs. Status: identity.
-    Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent".
-    """
-
-    stream: Stream
-    choice: Choice
-
-    @property
-    def size(self) -> int:
-        return self.stream.layout.size
-
-    @property
-    def here(self) -> range:
-        return range(self.size)
-
-    def products(self, vectors: Tensor) -> Tensor:
-        return _means(self.stream, vectors, self.sums)
-
-    def sums(self, vectors: Tensor) -> Tensor:
-        """[k, P] float64: sum_i w_i J_i^T Lambda_i J_i v."""
-        return _sums(self.stream, self.choice, vectors)
-
-    def all_sum(self, parts: Tensor) -> Tensor:
-        return parts
-
-    def on(self, stream: Stream) -> GaussNewtonOperator:
         return replace(self, stream=stream)
 
 
@@ -137,17 +111,21 @@ class CovarianceOperator:
         return replace(self, stream=stream)
 
 
-def hessian(stream: Stream, backend: str = "auto", quantity: str = "vector", seed: int = 0) -> HessianOperator:
+def hessian(stream: Stream, backend: str = "auto", quantity: str = "vector", seed: int = 0) -> CurvatureOperator:
     """The Hessian by the way that `choose_hessian` settles on.
 
     Raises: GradscaleError as `choose_hessian`.
     """
-    return HessianOperator(stream, choose_hessian(stream, backend, quantity, seed))
+    return CurvatureOperator(stream, choose_hessian(stream, backend, quantity, seed))
 
 
-def gauss_newton(stream: Stream, seed: int = 0) -> GaussNewtonOperator:
-    """Raises: GradscaleError as `choose_gauss_newton`."""
-    return GaussNewtonOperator(stream, choose_gauss_newton(stream, seed))
+def gauss_newton(stream: Stream, seed: int = 0) -> CurvatureOperator:
+    """The generalized Gauss-Newton matrix, positive semidefinite where the losses are convex in the outputs.
+
+    Raises: GradscaleError as `choose_gauss_newton`.
+    Source: Schraudolph (2002), "Fast curvature matrix-vector products for second-order gradient descent".
+    """
+    return CurvatureOperator(stream, choose_gauss_newton(stream, seed))
 
 
 class ExampleProducts(NamedTuple):
@@ -157,7 +135,7 @@ class ExampleProducts(NamedTuple):
     sq_norms: Tensor  # [n, k] float64: |H_i v|^2
 
 
-def example_products(operator: HessianOperator | GaussNewtonOperator, vectors: Tensor) -> ExampleProducts:
+def example_products(operator: CurvatureOperator, vectors: Tensor) -> ExampleProducts:
     """One example after another: n products of a batch of one, for small problems and few vectors.
 
     Not weighted: H_i is that of example i's own loss.
@@ -168,20 +146,6 @@ def example_products(operator: HessianOperator | GaussNewtonOperator, vectors: T
         rows.append(((found * vectors).sum(dim=1), found.square().sum(dim=1)))
     quadratics, sq_norms = zip(*rows, strict=True)
     return ExampleProducts(torch.stack(quadratics), torch.stack(sq_norms))
-
-
-def _sums(stream: Stream, choice: Choice, vectors: Tensor) -> Tensor:
-    _check_vectors(vectors, stream.layout.size)
-    total = _zeros(vectors)
-    choice.backend.add(stream, vectors, total)
-    if not bool(total.isfinite().all()):
-        raise _why_not_finite(stream)
-    return total
-
-
-def _means(stream: Stream, vectors: Tensor, sums: Callable[[Tensor], Tensor]) -> Tensor:
-    _check_vectors(vectors, stream.layout.size)
-    return _by_eight(vectors, lambda part: sums(part).div_(stream.total_weight))
 
 
 def _by_eight(vectors: Tensor, products: Callable[[Tensor], Tensor]) -> Tensor:

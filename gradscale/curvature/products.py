@@ -16,10 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from gradscale.curvature.layout import Layout
+from gradscale.curvature.master import master_of, squared_way
 from gradscale.curvature.stream import Microbatch, Stream, loss_at, summed
-from gradscale.errors import GradscaleError
-from gradscale.grads.functional import Caller, called, differentiable_attention, load_forward_derivatives
+from gradscale.grads.functional import (
+    Caller,
+    called,
+    differentiable_attention,
+    gradient_graph,
+    hessian_products,
+    load_forward_derivatives,
+)
 from gradscale.grads.subject import Subject
+
+_PIECE = 1 << 16  # entries widened at a time, in the processor's cache
 
 
 def add_double_backward(subject: Subject, microbatch: Microbatch, vectors: Tensor, total: Tensor) -> None:
@@ -27,22 +36,16 @@ def add_double_backward(subject: Subject, microbatch: Microbatch, vectors: Tenso
 
     The gradient's graph is made once and derived k times. Cost: two to three forward and backward passes, about two
     more for every further vector; memory: about three times that of a pass.
+    Raises: NotTwiceDifferentiable as `gradient_graph`.
     """
     layout, parameters = Layout.of(subject.parameters), list(subject.parameters.values())
     with torch.enable_grad(), differentiable_attention():
-        gradient = torch.autograd.grad(loss_at(subject, microbatch), parameters, create_graph=True, allow_unused=True)
-        for k, vector in enumerate(vectors):
-            pairs = [
-                (g, v.to(g.dtype))
-                for g, v in zip(gradient, layout.unflatten(vector), strict=True)
-                if g is not None and g.requires_grad
-            ]
-            if pairs:  # else the gradient is constant
-                slopes, along = zip(*pairs, strict=True)
-                found = torch.autograd.grad(
-                    slopes, parameters, along, retain_graph=k + 1 < len(vectors), allow_unused=True
-                )
-                add_parts(layout, found, total[k])
+        value = loss_at(subject, microbatch)
+        gradient = gradient_graph([value], parameters)
+    parts = (layout.unflatten(vector) for vector in vectors)
+    found = hessian_products(value, gradient, parameters, parts, len(vectors))
+    for row, (_, product) in zip(total, found, strict=True):
+        add_parts(layout, product, row)
 
 
 def add_forward_over_backward(subject: Subject, microbatch: Microbatch, vectors: Tensor, total: Tensor) -> None:
@@ -72,19 +75,21 @@ def add_differences(stream: Stream, vector: Tensor, eps: float, total: Tensor) -
     The gradient is that of sum_i w_i l_i over the whole stream: parameters are moved once for each sign, and put back
     bit for bit whatever happens. Whatever a plain backward pass goes through will do: fused attention, torch.compile,
     any checkpointing. Where theta is zero, its norm counts as 1. Error: O(eps^2), and rounding over eps, see
-    `calibrate`. Cost: two forward and backward passes; memory: the parameters once more.
-    Raises: GradscaleError if a parameter is coarser than float32: it would not move by so little.
+    `calibrate`. Parameters coarser than float32 are moved by way of `master_of`, and the difference is divided by how
+    far they have come along v. Cost: two forward and backward passes; memory: the parameters once more, in float32 too
+    if they are coarser.
     """
-    check_fine(stream.subject)
     length, layout = float(norm(vector)), stream.layout
     if length == 0:
         return
     h = eps * (math.sqrt(sum(float(norm(p.detach())) ** 2 for p in stream.parameters)) or 1.0) / length
-    rows = total.split(layout.sizes)
+    rows, along = total.split(layout.sizes), layout.unflatten(vector)
     with restored(stream.parameters) as kept:
+        masters = [master_of(name, weights) for name, weights in zip(layout.names, kept, strict=True)]
+        come = squared_way(kept, masters, along, h) or length**2
         for step in (h, -h):
-            move(stream.parameters, kept, layout.unflatten(vector), step)
-            add_gradients(stream, rows, 1 / (2 * step))
+            move(stream.parameters, masters, along, step)
+            add_gradients(stream, rows, length**2 / come / (2 * step))
 
 
 def add_gradients(stream: Stream, rows: Sequence[Tensor], factor: float) -> None:
@@ -98,30 +103,18 @@ def add_gradients(stream: Stream, rows: Sequence[Tensor], factor: float) -> None
             stream.subject.model.zero_grad(set_to_none=True)
 
 
-def check_fine(subject: Subject) -> None:
-    coarse = {name: p.dtype for name, p in subject.parameters.items() if torch.finfo(p.dtype).eps > 2e-7}
-    if coarse:
-        name = next(iter(coarse))
-        raise GradscaleError(
-            f"parameters must be float32 or float64 for finite differences, got {coarse[name]} for {name}; load the "
-            "float32 master weights and compute under torch.autocast, or take backend double_backward"
-        )
-
-
 def norm(tensor: Tensor) -> Tensor:
     """[] float64: of all entries, widened a few at a time."""
-    flat = tensor.reshape(-1)
-    return torch.stack([part.double().square().sum() for part in flat.split(1 << 18)]).sum().sqrt()
+    pieces = (piece.double() for piece in tensor.reshape(-1).split(_PIECE))
+    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum().sqrt()
 
 
 def move(parameters: Sequence[nn.Parameter], kept: Sequence[Tensor], along: Sequence[Tensor], step: float) -> None:
     """Set every parameter to what was kept of it plus `step` times `along`, rounded once."""
     with torch.no_grad():
         for parameter, before, v in zip(parameters, kept, along, strict=True):
-            if v.dtype == before.dtype:
-                torch.add(before, v, alpha=step, out=parameter)
-            else:
-                parameter.copy_(torch.add(before.double(), v, alpha=step))
+            torch.add(before, v, alpha=step, out=parameter)
+    torch.clear_autocast_cache()  # an autocast around all of this would compute with the weights as they were
 
 
 @contextmanager
@@ -134,6 +127,7 @@ def restored(parameters: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
         with torch.no_grad():
             for parameter, before in zip(parameters, kept, strict=True):
                 parameter.copy_(before)
+        torch.clear_autocast_cache()
 
 
 @contextmanager

@@ -204,13 +204,18 @@ def _report(
     hessians: ExampleHessians, traces: tuple[float, float, float], threshold: Threshold, eta: float, batch_size: int
 ) -> StabilityReport:
     H, Sigma = MeanHessian(hessians), HessianSpread(hessians)
-    top = leading_eigenpair(H, tolerance=1e-13)
-    there = along(hessians, top.vector)
+    top = leading_eigenpair(H)
+    there = along(hessians, top.vectors[0])
     known = Curvatures(
-        hessians.examples, top.value, there.curvature, there.variance, non_uniformity(hessians).value, *traces
+        hessians.examples,
+        float(top.values[0]),
+        there.curvature,
+        there.variance,
+        non_uniformity(hessians).value,
+        *traces,
     )
     moment = leading_eigenpair(SecondMoment(H, Sigma, eta, batch_factor(hessians.examples, batch_size)))
-    return stability_report(known, eta, batch_size, 0.0, moment.value, threshold.value)
+    return stability_report(known, eta, batch_size, 0.0, float(moment.values[0]), threshold.value)
 
 
 def _descent(known: Curvatures, eta: float, batch_size: int, momentum: float) -> list[Criterion]:

@@ -8,13 +8,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gradscale.errors import GradscaleError
-from gradscale.grads.functional import differentiable_attention
+from gradscale.grads.functional import (
+    NotTwiceDifferentiable,
+    differentiable_attention,
+    gradient_graph,
+    hessian_products,
+)
 from gradscale.grads.subject import Subject
 from gradscale.measures.exact_sum import add_totals, total_of
 from gradscale.measures.grouped import SEPARATOR, added
@@ -28,8 +33,7 @@ HALVES = 2
 KINDS = ("rademacher", "gaussian")
 VERSION = 1
 _PIECE = 1 << 18  # entries widened to float64 at a time
-_TWICE = re.compile(r"differentiate twice|double backward|once_differentiable|derivative for .* is not implemented")
-_ONCE = "torch::autograd::Error"  # such a node is passed over on the way to the parameters, as if it were constant
+_TWICE = re.compile(r"differentiate twice|double backward|derivative for .* is not implemented")
 
 
 class HessianState(NamedTuple):
@@ -127,29 +131,17 @@ class HessianProbes:
         left = self._of(subject, batch, rows[:middle], examples[:middle])
         return self.merge(left, self._of(subject, batch, rows[middle:], examples[middle:]))
 
-    def _products(self, subject: Subject, batch: Batch) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def _products(self, subject: Subject, batch: Batch) -> Iterator[tuple[Sequence[Tensor], Sequence[Tensor]]]:
         """Every probe v, and sum_i H_i v: both by parameter. The graph of the gradient is made once."""
         parameters = list(subject.parameters.values())
         try:
             with differentiable_attention(), torch.enable_grad():
                 loss = subject.task.losses(subject.model, batch).sum()
-                # a seed with a gradient: without one, what can be differentiated only once leaves no trace in the graph
-                seed = torch.ones_like(loss, requires_grad=True)
-                grads = torch.autograd.grad(loss, parameters, seed, create_graph=True, allow_unused=True)
-            if any(node.name() == _ONCE for node in _nodes(grads)):
-                raise RuntimeError("a function that is marked with @once_differentiable")
-            used = [j for j, g in enumerate(grads) if g is not None]
-            for probe in range(self.num_probes):
-                vectors = self.vectors(subject, probe)
-                # the loss has a part, of weight zero, so that a pass through its graph is counted as one
-                of = [*(grads[j] for j in used), loss]
-                weights = [*(vectors[j] for j in used), torch.zeros_like(loss)]
-                found = torch.autograd.grad(
-                    of, parameters, weights, retain_graph=probe + 1 < self.num_probes, materialize_grads=True
-                )
-                yield vectors, list(found)
+                gradient = gradient_graph([loss], parameters)
+            probes = (self.vectors(subject, probe) for probe in range(self.num_probes))
+            yield from hessian_products(loss, gradient, parameters, probes, self.num_probes)
         except RuntimeError as error:
-            if not _TWICE.search(str(error)):
+            if not isinstance(error, NotTwiceDifferentiable) and not _TWICE.search(str(error)):
                 raise
             raise GradscaleError(
                 f"losses must be twice differentiable for the measure curvature, got {error}; have the model use "
@@ -163,14 +155,3 @@ def _dot(left: Tensor, right: Tensor) -> Tensor:
     for a, b in zip(left.flatten().split(_PIECE), right.flatten().split(_PIECE), strict=True):
         total += (a.double() * b.double()).sum()
     return total
-
-
-def _nodes(tensors: Sequence[Tensor | None]) -> Iterator[Any]:
-    """The nodes of the graph of these tensors, each once."""
-    waiting, seen = [tensor.grad_fn for tensor in tensors if tensor is not None], set()
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-            yield node
