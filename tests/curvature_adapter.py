@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gradscale.curvature.check import self_test
 from gradscale.curvature.lanczos import lanczos
-from gradscale.curvature.operators import HessianOperator, hessian
+from gradscale.curvature.operators import CurvatureOperator, hessian
 from gradscale.curvature.probes import FlatProbes
 from gradscale.curvature.stream import Stream
 from gradscale.curvature.trace import hutchinson, trace
@@ -43,7 +43,7 @@ class AsTask:
 
 
 def adapter(name: str = "gradscale", backend: str = "auto") -> Library:
-    def operator(problem: Problem, quantity: str = "vector", weights: Tensor | None = None) -> HessianOperator:
+    def operator(problem: Problem, quantity: str = "vector", weights: Tensor | None = None) -> CurvatureOperator:
         task = AsTask(problem)
         subject = Subject(task, problem.model, task.examples(), select_parameters(problem.model, None), ())
         stream = Stream(subject, range(problem.rows), len(problem.batches[0][1]), weights)

@@ -20,12 +20,11 @@ from test_curvature_operators import NarrowGPT2, TanhNet, _checkpointed, probes,
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gradscale.curvature.backends import BackwardJacobian, Choice, DoubleBackward, FiniteDifferences
+from gradscale.curvature.backends import BACKWARD_JACOBIAN, DOUBLE_BACKWARD, Choice, FiniteDifferences
 from gradscale.curvature.example_products import example_quadratics, sampled_ids, sampled_products
 from gradscale.curvature.operators import (
     CovarianceOperator,
-    GaussNewtonOperator,
-    HessianOperator,
+    CurvatureOperator,
     gauss_newton,
     hessian,
 )
@@ -240,7 +239,7 @@ class TestOtherOperators:
         stream = stream_of(TASKS[name](), microbatch=3)
         operator = gauss_newton(stream)
         if not forward:
-            operator = GaussNewtonOperator(stream, Choice(BackwardJacobian(), 0.0, {}))
+            operator = CurvatureOperator(stream, Choice(BACKWARD_JACOBIAN, 0.0, {}))
         v = vectors_of(stream)
         found = example_quadratics(operator, v)
         assert found.way == ("forward_jacobian" if forward else "backward_jacobian")
@@ -306,17 +305,19 @@ class TestSampledProducts:
 
 
 @dataclass(frozen=True)
-class WrongCurvature(DoubleBackward):
+class WrongCurvature:
     """Twice the Hessian."""
 
+    name: str = "double"
+
     def add(self, stream: Stream, vectors: Tensor, total: Tensor) -> None:
-        super().add(stream, 2 * vectors, total)
+        DOUBLE_BACKWARD.add(stream, 2 * vectors, total)
 
 
 class TestBadInput:
     def test_a_way_that_does_not_agree_with_the_operator_is_not_taken(self) -> None:
         stream = stream_of(TanhNet())
-        found = example_quadratics(HessianOperator(stream, Choice(WrongCurvature(), 0.0, {})), vectors_of(stream))
+        found = example_quadratics(CurvatureOperator(stream, Choice(WrongCurvature(), 0.0, {})), vectors_of(stream))
         assert found.way == "one_by_one"
         assert list(found.refused) == list(WAYS[:3])
 
@@ -342,9 +343,9 @@ class TestBadInput:
         x[6] = math.nan
         task = ModelAtHand(TanhNet().model(None), {**tensors, "x": x}, TanhNet().losses)
         stream = stream_of(task)
-        for choice in (Choice(DoubleBackward(), 0.0, {}), Choice(FiniteDifferences(1e-4), 0.0, {})):
+        for choice in (Choice(DOUBLE_BACKWARD, 0.0, {}), Choice(FiniteDifferences(1e-4), 0.0, {})):
             with pytest.raises(GradscaleError, match="quadratic forms must be finite, got one that is not for example"):
-                example_quadratics(HessianOperator(stream, choice), vectors_of(stream))
+                example_quadratics(CurvatureOperator(stream, choice), vectors_of(stream))
 
     def test_coarse_weights(self) -> None:
         stream = stream_of(TanhNet())

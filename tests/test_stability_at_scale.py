@@ -25,7 +25,7 @@ from gradscale.curvature.example_products import example_quadratics, sampled_ids
 from gradscale.curvature.lanczos import lanczos
 from gradscale.curvature.mean_square import batch_factor, threshold_of_matrices
 from gradscale.curvature.operator import DenseOperator, Operator
-from gradscale.curvature.operators import GaussNewtonOperator, HessianOperator, gauss_newton, hessian
+from gradscale.curvature.operators import CurvatureOperator, gauss_newton, hessian
 from gradscale.curvature.probes import FlatProbes
 from gradscale.curvature.processes import Sharded, gathered
 from gradscale.curvature.stability import report_of_matrices
@@ -165,9 +165,7 @@ def test_no_bound_is_violated(B: int) -> None:
 # --- a model with LayerNorm and attention -----------------------------------------------------------------------------
 
 
-def everything(
-    operator: HessianOperator | GaussNewtonOperator, n: int, sharded: Operator, group: dist.ProcessGroup | None = None
-) -> Known:
+def everything(operator: CurvatureOperator, n: int, sharded: Operator, group: dist.ProcessGroup | None = None) -> Known:
     """As a run would have it: `operator` has this process's examples, `sharded` all of them, in slices."""
     double = FlatProbes(sharded.here, 3, dtype=torch.float64)
     ritz = lanczos(sharded, double(range(1))[0], tolerance=1e-12)
@@ -190,7 +188,7 @@ def everything(
 
 
 @pytest.mark.parametrize("make", [hessian, gauss_newton])
-def test_of_attention_and_layer_norm(make: Callable[..., HessianOperator]) -> None:
+def test_of_attention_and_layer_norm(make: Callable[..., CurvatureOperator]) -> None:
     """Against the dense float64 matrix of every example."""
     stream = stream_of(seeded(block, 5, 3, 4), microbatch=3)
     operator, P = make(stream), stream.layout.size
@@ -449,7 +447,7 @@ def test_what_is_refused() -> None:
 class Share:
     """What this process's examples add to the mean over all n."""
 
-    operator: HessianOperator
+    operator: CurvatureOperator
     n: int
 
     @property

@@ -47,6 +47,7 @@ DOUBLE_BACKWARD = Exact("double_backward", add_double_backward)
 FORWARD_OVER_BACKWARD = Exact("forward_over_backward", add_forward_over_backward)
 FORWARD_JACOBIAN = Exact("forward_jacobian", add_gauss_newton)
 BACKWARD_JACOBIAN = Exact("backward_jacobian", add_gauss_newton_backward)
+GAUSS_NEWTON = (FORWARD_JACOBIAN, BACKWARD_JACOBIAN)
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def choose_gauss_newton(stream: Stream, seed: int = 0) -> Choice:
         check_split(stream.subject, next(iter(stream.first)))
         return _exact(stream, way, seed)
 
-    ways = {way.name: partial(attempt, way) for way in (FORWARD_JACOBIAN, BACKWARD_JACOBIAN)}
+    ways = {way.name: partial(attempt, way) for way in GAUSS_NEWTON}
     return _first(ways, "Gauss-Newton products")
 
 

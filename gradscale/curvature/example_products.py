@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradscale.curvature.backends import GAUSS_NEWTON
 from gradscale.curvature.layout import rademacher
-from gradscale.curvature.operators import CovarianceOperator, GaussNewtonOperator, HessianOperator
+from gradscale.curvature.operators import CovarianceOperator, CurvatureOperator
 from gradscale.curvature.quadratic_forms import (
     WAYS,
     calibrated_differences,
@@ -49,7 +50,7 @@ class ExampleQuadratics(NamedTuple):
 
 
 def example_quadratics(
-    operator: HessianOperator | GaussNewtonOperator | CovarianceOperator,
+    operator: CurvatureOperator | CovarianceOperator,
     vectors: Tensor,
     way: str = "auto",
     seed: int = 0,
@@ -117,7 +118,7 @@ def sampled_ids(population: range, count: int, seed: int = 0) -> tuple[int, ...]
 
 
 def sampled_products(
-    operator: HessianOperator | GaussNewtonOperator,
+    operator: CurvatureOperator,
     ids: Sequence[int],
     vectors: Tensor | None = None,
     probes: int = 2,
@@ -156,7 +157,7 @@ class _Reference(NamedTuple):
     tolerance: float
 
     @classmethod
-    def of(cls, operator: HessianOperator | GaussNewtonOperator, vectors: Tensor, seed: int) -> _Reference:
+    def of(cls, operator: CurvatureOperator, vectors: Tensor, seed: int) -> _Reference:
         stream = operator.stream.first
         drawn = words(key_of("quadratics", _VERSION, seed), 0, len(stream.ids), torch.device("cpu"))
         weights = 0.5 + drawn.double() / 2**32
@@ -175,28 +176,32 @@ class _Reference(NamedTuple):
         return float(share) if bool(share.isfinite()) else math.inf
 
 
-def _candidates(operator: HessianOperator | GaussNewtonOperator, way: str) -> tuple[str, ...]:
+def _candidates(operator: CurvatureOperator, way: str) -> tuple[str, ...]:
     if way != "auto":
         return (way,)
-    return WAYS if isinstance(operator, HessianOperator) else (operator.choice.backend.name, "one_by_one")
+    return WAYS if not _is_gauss_newton(operator) else (operator.choice.backend.name, "one_by_one")
 
 
-def _prepared(operator: HessianOperator | GaussNewtonOperator, name: str, units: Tensor) -> tuple[Forms, float]:
+def _is_gauss_newton(operator: CurvatureOperator) -> bool:
+    return operator.choice.backend in GAUSS_NEWTON
+
+
+def _prepared(operator: CurvatureOperator, name: str, units: Tensor) -> tuple[Forms, float]:
     """The way of this name, and what is known of its error."""
     if name == "one_by_one":
         return lambda stream, vectors: _one_by_one(operator.on(stream), vectors), 0.0
-    if isinstance(operator, GaussNewtonOperator):
+    if _is_gauss_newton(operator):
         ways: dict[str, Forms] = {"forward_jacobian": forward_jacobian, "backward_jacobian": transposed_jacobian}
     else:
         ways = {"nested_forward": nested_forward, "triple_backward": triple_backward}
     if name in ways:
         return ways[name], 0.0
-    if name != "forward_differences" or isinstance(operator, GaussNewtonOperator):
+    if name != "forward_differences" or _is_gauss_newton(operator):
         raise NotImplementedError("it is no way for this operator")
     return calibrated_differences(operator.stream.first, units)
 
 
-def _one_by_one(operator: HessianOperator | GaussNewtonOperator, units: Tensor) -> Tensor:
+def _one_by_one(operator: CurvatureOperator, units: Tensor) -> Tensor:
     stream, rows = operator.stream, []
     for i in stream.ids:
         found = operator.on(replace(stream, ids=range(i, i + 1))).sums(units)

@@ -24,8 +24,9 @@ from gradscale.curvature.calibrate import best
 from gradscale.curvature.gauss_newton import Split, split
 from gradscale.curvature.gradient_covariance import inner_products
 from gradscale.curvature.operators import CovarianceOperator
-from gradscale.curvature.products import check_fine, norm
+from gradscale.curvature.products import norm
 from gradscale.curvature.stream import Microbatch, Stream, loss_at
+from gradscale.errors import GradscaleError
 from gradscale.grads.functional import Caller, called, differentiable_attention, load_forward_derivatives
 
 WAYS = ("nested_forward", "triple_backward", "forward_differences", "one_by_one")
@@ -111,7 +112,7 @@ def calibrated_differences(stream: Stream, vectors: Tensor) -> tuple[Callable[[S
     each vector (30 in float64).
     Raises: GradscaleError if a parameter is coarser than float32.
     """
-    check_fine(stream.subject)
+    _check_fine(stream)
     coarse = max(torch.finfo(parameter.dtype).eps for parameter in stream.parameters)
     ladder = [_LARGEST / _FACTOR**j for j in range(_STEPS if coarse > 1e-10 else _STEPS_DOUBLE)]
     found = [forward_differences(stream, vectors, eps) for eps in ladder]
@@ -122,6 +123,16 @@ def calibrated_differences(stream: Stream, vectors: Tensor) -> tuple[Callable[[S
         changes.append(share if math.isfinite(share) else math.inf)
     step = best(ladder, changes)
     return lambda examples, units: forward_differences(examples, units, step.eps), step.error
+
+
+def _check_fine(stream: Stream) -> None:
+    coarse = {name: p.dtype for name, p in stream.subject.parameters.items() if torch.finfo(p.dtype).eps > 2e-7}
+    if coarse:
+        name = next(iter(coarse))
+        raise GradscaleError(
+            f"parameters must be float32 or float64 for differences of derivatives, got {coarse[name]} for {name}; "
+            "load the float32 master weights and compute under torch.autocast, or take another way"
+        )
 
 
 def forward_differences(stream: Stream, vectors: Tensor, eps: float) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from gradscale.curvature.backends import Choice
 from gradscale.curvature.gradient_covariance import add_weighted_sums, inner_products
 from gradscale.curvature.operator import Operator
-from gradscale.curvature.operators import GaussNewtonOperator, HessianOperator
+from gradscale.curvature.operators import CurvatureOperator
 from gradscale.curvature.processes import Sharded, all_summed, gathered, reduce_scattered, slice_of
 from gradscale.curvature.stream import Stream
 from gradscale.errors import GradscaleError
@@ -47,11 +47,11 @@ def operator_of(kind: str, stream: Stream, choice: Choice | None, group: dist.Pr
         return ShardedCovariance(share, stream.layout.size, len(stream.ids), group)
     assert choice is not None
     own = () if share is None else (share,)
-    return Sharded(MeanPart(own, choice, kind, stream.layout.size, stream.total_weight), group)
+    return Sharded(MeanPart(own, choice, stream.layout.size, stream.total_weight), group)
 
 
 def half_operators(
-    kind: str, stream: Stream, choice: Choice, group: dist.ProcessGroup | None = None
+    stream: Stream, choice: Choice, group: dist.ProcessGroup | None = None
 ) -> list[tuple[Operator, float]]:
     """The operator over each of two halves of the examples, every second microbatch, with the half's share of them.
 
@@ -64,14 +64,9 @@ def half_operators(
     for half in (pieces[::2], pieces[1::2]):
         count = sum(len(piece.ids) for piece in half)
         own = tuple(half[rank * len(half) // world : (rank + 1) * len(half) // world])
-        part = MeanPart(own, choice, kind, stream.layout.size, float(count))
+        part = MeanPart(own, choice, stream.layout.size, float(count))
         found += [(Sharded(part, group), count / len(stream.ids))] if count else []
     return found
-
-
-def own_operator(kind: str, stream: Stream, choice: Choice) -> HessianOperator | GaussNewtonOperator:
-    """The operator `hessian` or `ggn` over a process's own examples."""
-    return (HessianOperator if kind == "hessian" else GaussNewtonOperator)(stream, choice)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +78,6 @@ class MeanPart:
 
     shares: tuple[Stream, ...]
     choice: Choice
-    kind: str
     size: int
     total: float
 
@@ -91,9 +85,9 @@ class MeanPart:
     def here(self) -> range:
         return range(self.size)
 
-    def operators(self) -> list[HessianOperator | GaussNewtonOperator]:
+    def operators(self) -> list[CurvatureOperator]:
         """Of each of the process's own streams."""
-        return [own_operator(self.kind, share, self.choice) for share in self.shares]
+        return [CurvatureOperator(share, self.choice) for share in self.shares]
 
     def products(self, vectors: Tensor) -> Tensor:
         total = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)

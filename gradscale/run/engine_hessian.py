@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradscale.curvature.backends import Choice, DoubleBackward, FiniteDifferences
+from gradscale.curvature.backends import DOUBLE_BACKWARD, Choice, FiniteDifferences
 from gradscale.curvature.calibrate import QUANTITIES
 from gradscale.curvature.layout import Layout, Part
 from gradscale.curvature.processes import all_summed
@@ -26,7 +26,7 @@ from gradscale.run.engine_partitions import Partitions
 from gradscale.run.engine_replicas import Replicas
 
 PRECISIONS = ("auto", "master", "weights")
-BACKENDS = ("auto", DoubleBackward.name, FiniteDifferences.name)
+BACKENDS = ("auto", DOUBLE_BACKWARD.name, FiniteDifferences.name)
 _TOGETHER = 8  # vectors that share a graph, and are held in float64
 _TORCHS = (RuntimeError, NotImplementedError)  # on all ranks alike; a GradscaleError is neither
 
@@ -133,14 +133,14 @@ def engine_hessian(
         raise GradscaleError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     if precision not in PRECISIONS:
         raise GradscaleError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if backend == DoubleBackward.name and precision == "weights":
+    if backend == DOUBLE_BACKWARD.name and precision == "weights":
         raise GradscaleError(
             f"precision must be master for {backend}, got 'weights'; low-precision copies have differences only"
         )
     if quantity not in QUANTITIES:
         raise GradscaleError(f"quantity must be one of {', '.join(QUANTITIES)}, got {quantity!r}")
     weights = _weights_of(engine, losses)
-    if isinstance(weights, Partitions) and backend == DoubleBackward.name:
+    if isinstance(weights, Partitions) and backend == DOUBLE_BACKWARD.name:
         raise GradscaleError(
             f"backend must be {FiniteDifferences.name} under ZeRO-3, which lets go of weights that a second backward "
             f"pass needs, got {backend!r}; leave it at auto, or load a checkpoint under ZeRO-2"
@@ -180,13 +180,13 @@ def _choose(
         try:
             made = weights.products(first, random)
         except _TORCHS as problem:
-            if asked.backend == DoubleBackward.name:
+            if asked.backend == DOUBLE_BACKWARD.name:
                 raise _impossible(f"backend {asked.backend}", problem) from problem
-            refused[DoubleBackward.name] = _line(problem)
+            refused[DOUBLE_BACKWARD.name] = _line(problem)
         else:
             crossed, scale = all_summed(torch.stack([random[0] @ made[1], random[1] @ made[0]])), global_norm(made)
             error = float(crossed.diff().abs()) / scale if scale else 0.0
-            return weights, Choice(DoubleBackward(), error, refused), error
+            return weights, Choice(DOUBLE_BACKWARD, error, refused), error
     if asked.precision != "weights":
         try:
             step = calibrated(weights, first, random)[asked.quantity]

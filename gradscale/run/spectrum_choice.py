@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from gradscale.curvature.backends import (
-    BackwardJacobian,
+    DOUBLE_BACKWARD,
+    FORWARD_OVER_BACKWARD,
+    GAUSS_NEWTON,
     Choice,
-    DoubleBackward,
     FiniteDifferences,
-    ForwardJacobian,
-    ForwardOverBackward,
 )
 
-_EXACT = {way.name: way for way in (DoubleBackward(), ForwardOverBackward(), ForwardJacobian(), BackwardJacobian())}
+_EXACT = {way.name: way for way in (DOUBLE_BACKWARD, FORWARD_OVER_BACKWARD, *GAUSS_NEWTON)}
 
 
 def record_of(choice: Choice) -> dict[str, Any]:

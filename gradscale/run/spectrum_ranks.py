@@ -118,8 +118,8 @@ class Rank:
 
     def norms(self, choice: Mapping[str, Any]) -> dict[str, Any]:
         """[N] of each: |A v|^2 of all examples, and <A_1 v, A_2 v> of two halves of them (None of one example)."""
-        asked, plan = self.plan.norms or {}, self.plan
-        halves = half_operators(plan.operator, self.stream, choice_of(choice["ways"]["trace"]))
+        asked = self.plan.norms or {}
+        halves = half_operators(self.stream, choice_of(choice["ways"]["trace"]))
         operator = halves[0][0]
         probes, total = self._probes(operator, asked["probes"]), asked["num_probes"]
         whole: list[float] = []

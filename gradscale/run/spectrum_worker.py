@@ -19,9 +19,8 @@ from torch import Tensor
 from gradscale.curvature.backends import choose_gauss_newton, choose_hessian
 from gradscale.curvature.check import self_test
 from gradscale.curvature.layout import Layout
-from gradscale.curvature.operators import CovarianceOperator
+from gradscale.curvature.operators import CovarianceOperator, CurvatureOperator
 from gradscale.curvature.probes import FlatProbes
-from gradscale.curvature.share import own_operator
 from gradscale.curvature.stream import Stream
 from gradscale.errors import GradscaleError
 from gradscale.grads.subject import Subject
@@ -97,13 +96,12 @@ class SpectrumWorker:
             if plan.operator == "ggn":
                 choice = choose_gauss_newton(stream, plan.seed)
                 ways = dict.fromkeys(quantities, choice)
-                tested = self_test(own_operator("ggn", stream, choice))
+                tested = self_test(CurvatureOperator(stream, choice))
             else:
                 ways = {quantity: choose_hessian(stream, plan.backend, quantity, plan.seed) for quantity in quantities}
                 whole = ways.get("vector") or choose_hessian(stream, plan.backend, "vector", plan.seed)
-                tested = self_test(
-                    own_operator("hessian", stream, whole)
-                )  # a step that suits sharp directions fails in others
+                # a step that suits sharp directions is too coarse for the others
+                tested = self_test(CurvatureOperator(stream, whole))
         return {
             "self_test": tested._asdict(),
             "ways": {quantity: record_of(choice) for quantity, choice in ways.items()},
@@ -115,7 +113,7 @@ class SpectrumWorker:
         stream = Stream(whole.subject, unit.ids, plan.microbatch)
         vectors = self._probes(plan, range(stream.layout.size), plan.trace or {})(range(unit.first, unit.last))
         with explaining_memory(plan.microbatch):
-            sums = own_operator(plan.operator, stream, choice_of(choice["ways"]["trace"])).sums(vectors)
+            sums = CurvatureOperator(stream, choice_of(choice["ways"]["trace"])).sums(vectors)
         return unit, _by_parameter(stream.layout, vectors, sums).tolist()
 
     def join(self, address: str, port: int, rank: int, world: int) -> None:
