@@ -50,17 +50,18 @@ def spectrum(
     density: Annotated[
         bool, typer.Option("--density", help="The spectral density, by stochastic Lanczos quadrature.")
     ] = False,
-    density_probes: Annotated[int, typer.Option(help="Probes of the density.")] = 8,
-    density_steps: Annotated[int, typer.Option(help="Nodes of each probe.")] = 50,
+    density_probes: Annotated[int | None, typer.Option(help="Probes of the density, 8 by default.")] = None,
+    density_steps: Annotated[int | None, typer.Option(help="Nodes of each probe, 50 by default.")] = None,
     shift: Annotated[
-        float | None, typer.Option(help="With --density: log det (A + shift I) and the effective dimension.")
+        float | None,
+        typer.Option(help="With --density: log det (A + shift I) and effective dimension; A + shift I positive."),
     ] = None,
     edge: Annotated[float | None, typer.Option(help="With --density: how many eigenvalues lie above it.")] = None,
     eta: Annotated[
         float | None, typer.Option(help="A learning rate: report whether SGD with it stays; with --batch-size.")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="SGD's, with --eta.")] = None,
-    momentum: Annotated[float, typer.Option(help="SGD's, with --eta.")] = 0.0,
+    momentum: Annotated[float | None, typer.Option(help="SGD's, with --eta; 0 by default.")] = None,
     backend: Annotated[
         str,
         typer.Option(help="Hessian products: double_backward, forward_over_backward, finite_differences, or auto."),
@@ -82,6 +83,7 @@ def spectrum(
 ) -> None:
     """Eigenvalues, traces and spectral density of curvature at every checkpoint. A run that exists is resumed."""
     from gradscale.report.progress import shown_spectrum_progress
+    from gradscale.report.shortfalls import shortfalls
     from gradscale.run.spectrum import spectrum as run_spectrum
 
     with shown_spectrum_progress() as on_progress:
@@ -115,6 +117,8 @@ def spectrum(
             commit_seconds=commit_seconds,
             on_progress=on_progress,
         )
+    for short in shortfalls(run):
+        typer.echo(f"note: {short}", err=True)
     typer.echo(f"{run.path}: {len(run.estimates())} estimates; see them with: gradscale show {out}")
 
 
@@ -136,12 +140,17 @@ def _trace(asked: bool, method: str, stderr: float | None, probes: int | None) -
     return Hutchinson(most, Hutchinson.relative if stderr is None else stderr, min_probes=least)
 
 
-def _density(asked: bool, probes: int, steps: int, shift: float | None, edge: float | None) -> bool | SLQ:
+def _density(asked: bool, probes: int | None, steps: int | None, shift: float | None, edge: float | None) -> bool | SLQ:
     from gradscale.run.spectrum_plan import SLQ
 
-    if not asked and not (shift is None and edge is None):
-        raise GradscaleError("shift and edge must come with --density, got neither; add it")
-    return SLQ(probes, steps, shift=shift, edge=edge) if asked else False
+    given = {"density_probes": probes, "density_steps": steps, "shift": shift, "edge": edge}
+    alone = [name for name, value in given.items() if value is not None]
+    if asked:
+        nodes = SLQ.steps if steps is None else steps
+        return SLQ(SLQ.num_probes if probes is None else probes, nodes, shift=shift, edge=edge)
+    if alone:
+        raise GradscaleError(f"{' and '.join(alone)} must come with --density, got none; add it")
+    return False
 
 
 def _norms(probes: int) -> bool | Norms:
@@ -150,11 +159,13 @@ def _norms(probes: int) -> bool | Norms:
     return Norms(probes) if probes else False
 
 
-def _stability(eta: float | None, batch_size: int | None, momentum: float) -> Stability | None:
+def _stability(eta: float | None, batch_size: int | None, momentum: float | None) -> Stability | None:
     from gradscale.run.spectrum_plan import Stability
 
-    if eta is None and batch_size is None:
+    if eta is not None and batch_size is not None:
+        return Stability(eta, batch_size, Stability.momentum if momentum is None else momentum)
+    if (eta, batch_size, momentum) == (None, None, None):
         return None
-    if eta is None or batch_size is None:
-        raise GradscaleError(f"eta and batch_size must come together, got {eta} and {batch_size}; give both")
-    return Stability(eta, batch_size, momentum)
+    given = {"--eta": eta, "--batch-size": batch_size}
+    lacking = " and ".join(name for name, value in given.items() if value is None)
+    raise GradscaleError(f"stability must have --eta and --batch-size, got no {lacking}; add it")

@@ -122,7 +122,8 @@ def spectrum_run(
             rows += node_rows(step, operator, quadratures(dense, Drawn(P, 3), range(asked["probes"]), asked["steps"]))
         if plan["trace"]:
             estimates += trace_estimates(step, operator, dense, plan)
-        estimates.append(estimate(step, operator, "backend_error", 2.1e-7, None, definition="double_backward/v1"))
+        way = f"{MEASURES[operator]}/backend_error/{operator}/double_backward/v1"
+        estimates.append(estimate(step, operator, "backend_error", 2.1e-7, None, definition=way))
     return save_spectrum(folder, plan, rows, estimates)
 
 

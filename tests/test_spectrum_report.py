@@ -69,8 +69,9 @@ def test_the_section_of_spectra(pages: dict[str, str]) -> None:
     section = section_titled(pages["hessian"], "Spectra")
     assert "The Hessian of the mean loss in 200 parameter entries, over 512 examples." in section
     assert (
-        "Estimated relative error of a product: 2.1×10⁻⁷, the largest of 3 checkpoints (double_backward/v1)." in section
-    )
+        "Products by double backward, chosen by the model&#x27;s operations; estimated relative error of one: "
+        "2.1×10⁻⁷, the largest of 3 checkpoints."
+    ) in section
     assert section.count("<svg") == 2
     assert all(f">step {step}</text>" in section for step in (0, 64, 256))
     assert ">not converged</text>" in section

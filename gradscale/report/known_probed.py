@@ -116,8 +116,8 @@ PROBED: tuple[Quantity, ...] = (
         "curvature", "trace", "Trace of the Hessian", "trace of the Hessian", "tr H = E vᵀHv",
         "The sum of the Hessian's eigenvalues, of the mean loss in the measured parameters: how much curvature is in "
         "all directions together. Rescaling weights without changing the function changes it.",
-        "Standard error: over probes and, in a run of gradscale measure, over examples as a sample of a "
-        "population.", HUTCHINSON_SOURCE, apart=True,
+        "Standard error: over probes and over examples as a sample of a population; not known where all examples are "
+        "in one shard.", HUTCHINSON_SOURCE, apart=True,
     ),
     Quantity(
         "curvature", "trace_sample", "Trace of the Hessian of the examples measured",

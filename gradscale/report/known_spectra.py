@@ -19,6 +19,11 @@ BOUND = (
     "of a sample is biased up: compare it at equal n."
 )
 OVER_PROBES = "Standard error: over probes, for the examples that were measured."
+OVER_BOTH = (
+    "Standard error: over probes and over examples as a sample of a population; not known where all examples are in "
+    "one shard."
+)
+EXACT = "Exact: a sum of squared norms."
 QUADRATURE = f"{OVER_PROBES} What the quadrature's finite number of nodes adds is not in it."
 THRESHOLD = "See the criterion."
 
@@ -35,6 +40,11 @@ def _of(measure: str, symbol: str, noun: str) -> tuple[Quantity, ...]:
             measure, "lambda_min", f"Smallest eigenvalue of the {noun}", f"smallest eigenvalue of the {noun}",
             f"min vᵀ{symbol}v over |v| = 1",
             "Below zero the point is no minimum: there are directions along which the loss falls on both sides.",
+            BOUND, LANCZOS_SOURCE, apart=True,
+        ),
+        Quantity(
+            measure, "spectral_norm", f"Spectral norm of the {noun}", f"spectral norm of the {noun}",
+            f"max |λ({symbol})|", "The curvature, of either sign, in the most curved direction.",
             BOUND, LANCZOS_SOURCE, apart=True,
         ),
         Quantity(
@@ -65,16 +75,18 @@ def _of(measure: str, symbol: str, noun: str) -> tuple[Quantity, ...]:
 
 
 def _traces(measure: str, symbol: str, noun: str) -> tuple[Quantity, ...]:
-    """Those that the measure `curvature` has of the Hessian, of another operator A."""
+    """Those that the measure `curvature` has of the Hessian, of another operator A. The covariance's trace is exact."""
+    exact = measure == "covariance"
     return (
         Quantity(
             measure, "trace", f"Trace of the {noun}", f"trace of the {noun}", f"tr {symbol} = E vᵀ{symbol}v",
-            "The sum of its eigenvalues.", OVER_PROBES, HUTCHINSON_SOURCE, apart=True,
+            "The sum of its eigenvalues.", OVER_BOTH, HUTCHINSON_SOURCE, apart=True,
         ),
         Quantity(
             measure, "trace_sample", f"Trace of the {noun} of the examples measured",
             f"trace of the {noun} of the examples measured", f"tr {symbol} = E vᵀ{symbol}v",
-            "The same value, for these examples alone.", OVER_PROBES, HUTCHINSON_SOURCE, plotted=False, apart=True,
+            "The same value, for these examples alone.", EXACT if exact else OVER_PROBES, HUTCHINSON_SOURCE,
+            plotted=exact, apart=True,
         ),
         Quantity(
             measure, "frobenius", f"Frobenius norm of the {noun}", f"Frobenius norm of the {noun}",

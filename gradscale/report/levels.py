@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gradscale.curvature.density import Quadrature, moment, trace_of_function
+from gradscale.store.parts import Parts
 from gradscale.store.spectra import EIGENVALUE, NODE, Spectrum, quadrature_of, size_of
 
 OPERATORS = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix", "covariance": "gradient covariance"}
@@ -23,6 +24,7 @@ class Levels(NamedTuple):
     plan: Mapping[str, Any]
     eigenvalues: pd.DataFrame
     quadratures: Mapping[int, Quadrature]  # by step
+    verdicts: Mapping[int, str] = {}  # of stability, by step
 
     @property
     def operator(self) -> str:
@@ -53,7 +55,16 @@ def levels_of(run: Spectrum) -> Levels:
     nodes = frame[frame["kind"] == NODE]
     steps = [int(step) for step in nodes["step"].unique()]
     quadratures = {step: quadrature_of(nodes[nodes["step"] == step], size_of(plan)) for step in steps}
-    return Levels(plan, eigenvalues[columns].astype({"converged": bool}).reset_index(drop=True), quadratures)
+    settled = eigenvalues[columns].astype({"converged": bool}).reset_index(drop=True)
+    return Levels(plan, settled, quadratures, _verdicts(run) if plan.get("stability") else {})
+
+
+def _verdicts(run: Spectrum) -> dict[int, str]:
+    """Those of the parts that are there; of a run that was copied without its parts there are none."""
+    parts = Parts(run.files)
+    steps = [step for step in run.steps if "eigenvalues" in parts.names(step)]
+    reports = {step: parts.read(step, "eigenvalues").get("stability") for step in steps}
+    return {step: str(report["verdict"]) for step, report in reports.items() if report}
 
 
 def asked_text(levels: Levels) -> str:

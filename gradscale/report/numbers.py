@@ -7,6 +7,7 @@ import math
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 UNDEFINED = "undefined"
 _NEGLIGIBLE = 2e-7
+_SMALL = 1e-4  # errors below it are written with a power of ten
 
 
 def estimate_text(value: float, stderr: float) -> str:
@@ -18,6 +19,8 @@ def estimate_text(value: float, stderr: float) -> str:
     ('0.25 ± 0', '0.25 ± ?', 'undefined')
     >>> estimate_text(33.264712345, 1e-13)  # an error that is not worth so many digits
     '33.264712 ± 10⁻¹³'
+    >>> estimate_text(-0.1199985724, 5.13e-8)
+    '-0.119998572 ± 5.1×10⁻⁸'
     """
     if not math.isfinite(value):
         return UNDEFINED if math.isnan(value) else f"{'-' if value < 0 else ''}infinite"
@@ -31,7 +34,8 @@ def estimate_text(value: float, stderr: float) -> str:
     last_digit = _exponent(float(f"{stderr:.1e}")) - 1  # the second digit of the error
     if -4 <= exponent < 5:
         decimals = max(0, -last_digit)
-        return f"{_rounded(value, last_digit):.{decimals}f} ± {_rounded(stderr, last_digit):.{decimals}f}"
+        error = number_text(stderr, 2) if stderr < _SMALL else f"{_rounded(stderr, last_digit):.{decimals}f}"
+        return f"{_rounded(value, last_digit):.{decimals}f} ± {error}"
     decimals, scale = max(0, exponent - last_digit), 10.0**exponent
     return f"({_rounded(value / scale, -decimals):.{decimals}f} ± {stderr / scale:.{decimals}f})×{power_text(exponent)}"
 

@@ -69,7 +69,10 @@ def _spectrum_line(progress: SpectrumProgress) -> str:
     left = progress.seconds_left
     time_left = "starting" if left is None else f"at most {_clock(left)} left"
     note = f", {progress.note}" if progress.note else ""
-    return f"step {progress.step}: {progress.part}, {progress.done} of {progress.total} products, {time_left}{note}"
+    at = f"step {progress.step}: {progress.part}"
+    if progress.total <= 1 and not progress.done:
+        return f"{at}, under way{note}"
+    return f"{at}, {progress.done} of {progress.total} products, {time_left}{note}"
 
 
 def _rate(progress: Progress) -> str:

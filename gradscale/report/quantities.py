@@ -47,7 +47,12 @@ def absent(runs: Sequence[Measured]) -> list[Quantity]:
 def drawn(runs: Sequence[Measured]) -> list[Quantity]:
     """Those present that have a plot: one over checkpoints (scope `union`) only where there are two of them."""
     least = {"all": 1, "union": 2}
-    return [q for q in present(runs) if q.plotted and any(len(curve_of(run, q)) >= least[q.scope] for run in runs)]
+    return [q for q in present(runs) if q.plotted and any(_defined(run, q) >= least[q.scope] for run in runs)]
+
+
+def _defined(run: Measured, quantity: Quantity) -> int:
+    """The checkpoints at which it has a value."""
+    return int(curve_of(run, quantity)["value"].notna().sum())
 
 
 def with_scopes(runs: Sequence[Measured], quantities: Sequence[Quantity], kind: str) -> list[Quantity]:

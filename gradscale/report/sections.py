@@ -7,6 +7,7 @@ from html import escape
 
 import pandas as pd
 
+from gradscale.report.criteria import MEASURE, verdict_sentence
 from gradscale.report.measured import Measured
 from gradscale.report.quantities import beside, curve_of, drawn, with_scopes
 from gradscale.report.quantity import Quantity
@@ -27,10 +28,17 @@ def measure_section(anchor: str, runs: Sequence[Measured], measure: str, quantit
     figures = [_figure(q.title, _plot(runs, q), _said(runs, q)) for q in shown] + _maps(runs, quantities)
     entries = "\n".join(_entry(runs, quantity) for quantity in quantities)
     return (
-        f'<section id="{anchor}">\n<h2>{escape(title_of(measure))}</h2>\n'
+        f'<section id="{anchor}">\n<h2>{escape(title_of(measure))}</h2>\n{_verdicts(runs, measure)}'
         f'<div class="figures">{"".join(figures)}</div>\n'
         f"<dl>{entries}</dl>\n{_numbers(runs, measure)}\n</section>"
     )
+
+
+def _verdicts(runs: Sequence[Measured], measure: str) -> str:
+    """Of stability: what the criteria say together."""
+    held = [(k, run, run.levels) for k, run in enumerate(runs) if run.levels is not None and measure == MEASURE]
+    said = [(k, verdict_sentence(run.label, levels)) for k, run, levels in held]
+    return "".join(f"<p>{swatch(k)}{escape(verdict)}</p>" for k, verdict in said if verdict)
 
 
 def title_of(measure: str) -> str:
@@ -116,7 +124,8 @@ def _said(runs: Sequence[Measured], quantity: Quantity) -> str:
             return " ".join(
                 said[:1] + [limit_sentence(quantity.noun, label, own, against, limit) for label, own, limit in held]
             )
-        said += [sentence(quantity.noun, {label: own, against: other}) for label, own, other in compared if len(other)]
+        name = against.removeprefix("of ")  # sentences say `of` themselves
+        said += [sentence(quantity.noun, {label: own, name: other}) for label, own, other in compared if len(other)]
     return " ".join(said)
 
 

@@ -25,6 +25,7 @@ from gradscale.store.spectra import density_of
 
 MOST_CURVES = 4  # densities in a panel
 _BELOW = 0.2  # of the peak of a single eigenvalue: where the axis of a density begins
+_ROOM = 1.08  # beyond the outermost eigenvalue, of an axis that begins at 0
 Held = Sequence[tuple[int, Measured, Levels]]
 
 
@@ -145,9 +146,9 @@ def _scale(axes: Axes, values: np.ndarray) -> None:
     elif values.min() < 0 < values.max():
         axes.axhline(0, color=INK, alpha=0.35, linewidth=0.7)
     elif values.min() >= 0:
-        axes.set_ylim(bottom=0.0)
+        axes.set_ylim(0.0, _ROOM * values.max() or None)
     else:
-        axes.set_ylim(top=0.0)
+        axes.set_ylim(_ROOM * values.min(), 0.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number_text(value)))
     axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
 

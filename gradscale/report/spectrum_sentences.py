@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from gradscale.curvature.density import moment
+from gradscale.report.legends import way_of
 from gradscale.report.levels import Levels, asked_text, mean_square, shares
 from gradscale.report.measured import Measured, curve
 from gradscale.report.numbers import estimate_text, number_text
@@ -30,10 +31,7 @@ def way_sentence(run: Measured, levels: Levels) -> str:
     said = f"The {levels.operator} of the mean loss in {entries:,} parameter entries, over {examples}."
     if plan["operator"] == "covariance":
         said = f"The {levels.operator} in {entries:,} parameter entries, over {examples}."
-    backend = str(plan.get("backend") or "")
-    if backend:
-        said += f" Products: {backend}{f', {ASKED[backend]}' if backend in ASKED else ''}."
-    return f"{said} {_error_sentence(run)}".strip()
+    return f"{said} {_products_sentence(run, str(plan.get('backend') or ''))}"
 
 
 def density_sentences(held: Held) -> list[str]:
@@ -47,16 +45,17 @@ def eigenvalue_sentences(held: Held) -> list[str]:
     return [f"{_largest(run.label, levels)} {_unconverged(run.label, levels)}" for _, run, levels in held]
 
 
-def _error_sentence(run: Measured) -> str:
-    """The estimated error of the products, wherever the run has it."""
+def _products_sentence(run: Measured, asked: str) -> str:
+    """How products were had, and their estimated error, wherever the run has it."""
     frame = run.estimates[run.estimates["name"] == "backend_error"]
+    chosen = f", {ASKED[asked]}" if asked in ASKED else ""
     if not len(frame):
-        return "No error of the products was estimated."
+        return f"Products: {asked or 'exact'}{chosen}. No error of the products was estimated."
     found = curve(run.estimates, str(frame["measure"].iloc[0]), "backend_error")
     worst = float(found["value"].max())
     where = f", the largest of {len(found)} checkpoints" if len(found) > 1 else ""
-    definition = str(frame["definition"].iloc[-1])
-    return f"Estimated relative error of a product: {number_text(worst, 2)}{where} ({definition})."
+    ways = ", ".join(dict.fromkeys(way_of(str(definition)) for definition in frame["definition"]))
+    return f"Products by {ways}{chosen}; estimated relative error of one: {number_text(worst, 2)}{where}."
 
 
 def _where(label: str, levels: Levels) -> str:
@@ -110,7 +109,11 @@ def _peak(tops: pd.DataFrame) -> str:
 
 def _next(levels: Levels, step: int) -> str:
     rows = levels.at(step)
-    return f"; the last of the {asked_text(levels)} asked for is {_text(rows.iloc[-1])}" if len(rows) > 1 else ""
+    if len(rows) < 2:
+        return ""
+    if levels.plan.get("which") == "both":
+        return f"; the smallest is {_text(rows.iloc[-1])}"
+    return f"; the last of the {asked_text(levels)} asked for is {_text(rows.iloc[-1])}"
 
 
 def _unconverged(label: str, levels: Levels) -> str:

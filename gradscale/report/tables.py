@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from gradscale.errors import GradscaleError
+from gradscale.report.criteria import MEASURE, columns_of, criteria, setting_text, verdict_legend
+from gradscale.report.legends import legend
 from gradscale.report.levels import MEASURES, Levels, asked_text
 from gradscale.report.measured import Run, curve, read, scopes
 from gradscale.report.numbers import estimate_text, number_text
@@ -20,6 +22,7 @@ WIDTH = 100
 MOST_STEPS = 8  # in a table by layer or class
 LONGEST_NAME = 44
 WHOLE = ("all", "union")
+_OF_PRODUCTS = "backend_error"
 _BOUND = (
     "± is a bound, not a standard error: min(r, r²/gap) of the residual r = |Ay − θy|, and the noise of the products; "
     "the second of the two holds if no eigenvalue that has not been seen lies within the gap"
@@ -36,8 +39,8 @@ class Grid(NamedTuple):
     legend: tuple[str, ...]
 
 
-def estimate_tables(run: Run | Spectrum, measure: str | None = None) -> list[Table]:
-    """One table per measure, by step; for a given `measure` also by layer and by class. 100 characters wide at most.
+def estimate_tables(run: Run | Spectrum, measure: str | None = None, width: int = WIDTH) -> list[Table]:
+    """One table per measure, by step; for a given `measure` also by layer and by class. `width` characters at most.
 
     Eigenvalues come last, or with the `measure` of their operator.
     Raises: GradscaleError if the run has no such measure.
@@ -52,12 +55,12 @@ def estimate_tables(run: Run | Spectrum, measure: str | None = None) -> list[Tab
     chosen = present if measure is None else [measure]
     grids = []
     for name in chosen:
-        whole = by_step(estimates, name)
+        whole = stability_grid(estimates, levels) if levels and name == MEASURE else by_step(estimates, name)
         grids += [whole] if whole.rows else []
         grids += by_scope(estimates, name) if measure is not None or not whole.rows else []
     if levels is not None and len(levels.eigenvalues) and measure in (None, MEASURES[str(levels.plan["operator"])]):
         grids.append(eigenvalue_grid(levels))
-    return [_rich(part) for grid in grids for part in fitted(grid)]
+    return [_rich(part) for grid in grids for part in fitted(grid, min(width, WIDTH))]
 
 
 def measures(estimates: pd.DataFrame) -> list[str]:
@@ -69,16 +72,32 @@ def by_step(estimates: pd.DataFrame, measure: str) -> Grid:
     """Steps by names, for the scopes `all` and `union`."""
     chosen = estimates[(estimates["measure"] == measure) & estimates["scope"].isin(WHOLE)]
     chosen = chosen.sort_values("step", kind="stable")
-    pairs = [(n, s) for s in WHOLE for n in chosen[chosen["scope"] == s]["name"].unique()]
+    pairs = [(n, s) for s in WHOLE for n in _last(chosen[chosen["scope"] == s]["name"].unique().tolist())]
     steps = [int(step) for step in chosen["step"].unique()]
     columns = ["step", *(_header(name, scope) for name, scope in pairs)]
-    cells = [_cells(curve(chosen, measure, name, scope), steps) for name, scope in pairs]
+    curves = {pair: curve(chosen, measure, *pair) for pair in pairs}
+    cells = [(_bare_cells if name == _OF_PRODUCTS else _cells)(found, steps) for (name, _), found in curves.items()]
     for scope in WHOLE:
         if (chosen["scope"] == scope).any():
             columns.append(_header("n", scope))
             cells.append([_counts(chosen[(chosen["scope"] == scope) & (chosen["step"] == step)]) for step in steps])
     rows = zip([str(step) for step in steps], *cells, strict=True)
-    return Grid(measure, tuple(columns), tuple(rows), _legend(chosen))
+    return Grid(measure, tuple(columns), tuple(rows), legend(chosen))
+
+
+def stability_grid(estimates: pd.DataFrame, levels: Levels) -> Grid:
+    """Every criterion beside its threshold, and the verdict, by step."""
+    chosen = estimates[estimates["measure"] == MEASURE].sort_values("step", kind="stable")
+    steps = [int(step) for step in chosen["step"].unique()]
+    columns = columns_of(chosen, levels, steps)
+    rows = zip([str(step) for step in steps], *columns.values(), strict=True)
+    said = (*legend(chosen[chosen["name"].isin(criteria(chosen))]), *legend(_thresholds(chosen)))
+    title = f"{MEASURE}: {setting_text(levels.plan)}"
+    return Grid(title, ("step", *columns), tuple(rows), (*said, *verdict_legend(levels)))
+
+
+def _thresholds(chosen: pd.DataFrame) -> pd.DataFrame:
+    return chosen[chosen["name"].str.endswith("_threshold")]
 
 
 def by_scope(estimates: pd.DataFrame, measure: str) -> list[Grid]:
@@ -149,7 +168,7 @@ def _scope_grid(estimates: pd.DataFrame, measure: str, name: str, kind: str, fou
     rows = [(shortened(s.partition(":")[2]), *_cells(curve(chosen, measure, name, s), steps)) for s in found]
     some = (f"{len(steps)} of {len(every)} steps shown; run.estimates() has all",) if len(steps) < len(every) else ()
     columns = (kind, *(f"step {step}" for step in steps))
-    return Grid(f"{measure}/{name} by {kind}", columns, tuple(rows), (*_legend(chosen), *some))
+    return Grid(f"{measure}/{name} by {kind}", columns, tuple(rows), (*legend(chosen), *some))
 
 
 def evenly(steps: Sequence[int], most: int) -> list[int]:
@@ -177,21 +196,19 @@ def _cells(values: pd.DataFrame, steps: Sequence[int]) -> list[str]:
     return [at.get(step, "") for step in steps]
 
 
+def _bare_cells(values: pd.DataFrame, steps: Sequence[int]) -> list[str]:
+    """Of what is an error itself."""
+    at = {int(step): number_text(value, 2) for step, value in zip(values["step"], values["value"], strict=True)}
+    return [at.get(step, "") for step in steps]
+
+
+def _last(names: Sequence[str]) -> list[str]:
+    """What was measured comes before the error of its products."""
+    return sorted(names, key=lambda name: name == _OF_PRODUCTS)
+
+
 def _counts(chosen: pd.DataFrame) -> str:
     return "/".join(str(n) for n in sorted({int(n) for n in chosen["n"]}))
-
-
-def _legend(chosen: pd.DataFrame) -> tuple[str, ...]:
-    """`name: definition (status; unit)`, once for each that differs."""
-    lines: dict[str, None] = {}
-    for name, status, definition, unit in zip(
-        chosen["name"], chosen["status"], chosen["definition"], chosen["unit"], strict=True
-    ):
-        about = "; ".join(str(part) for part in (status, unit) if part not in ("", "1"))
-        lines[f"{name}: {definition} ({about})"] = None
-    if (chosen["stderr"].isna() & chosen["value"].notna()).any():
-        lines["± ?: the standard error is not known"] = None
-    return tuple(lines)
 
 
 def _rich(grid: Grid) -> Table:
