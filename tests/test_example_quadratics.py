@@ -350,7 +350,7 @@ class TestBadInput:
     def test_coarse_weights(self) -> None:
         stream = stream_of(TanhNet())
         stream.subject.model.bfloat16()
-        with pytest.raises(GradscaleError, match="parameters must be float32 or float64 for finite differences"):
+        with pytest.raises(GradscaleError, match="parameters must be float32 or float64 for differences of deriv"):
             calibrated_differences(stream, vectors_of(stream))
 
     def test_a_loss_that_is_linear_along_the_vectors(self) -> None:
