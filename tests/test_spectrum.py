@@ -9,23 +9,34 @@ import dataclasses
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from run_problems import Broken, Falling, Regression, Troubled
+from spectrum_problems import Scaled
 from torch import Tensor
 
 import gradscale as gs
 from gradscale.cli import main
+from gradscale.curvature.krylov import LanczosState
+from gradscale.curvature.lanczos import lanczos
+from gradscale.curvature.operator import DenseOperator
 from gradscale.curvature.stability import report_of_gram
+from gradscale.run.lanczos_commits import LanczosCommits
 from gradscale.run.spectrum_estimates import TraceSums, enough
 from gradscale.run.spectrum_plan import SpectrumPlan, check_sizes
+from gradscale.run.spectrum_worker import SpectrumJob, SpectrumWorker
+from gradscale.store.files import Files
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -34,10 +45,10 @@ SETTINGS = {"microbatch": 4, "shard_size": 8, "vectors": "float64", "tolerance":
 OPERATORS = ("hessian", "ggn", "covariance")
 
 
-def rows() -> tuple[Tensor, Tensor, Tensor]:
+def rows(checkpoint: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """[n, P] gradients, [n, P] Jacobians of the output, [n, P, P] Hessians of the examples, by plain autograd."""
-    task = Regression()
-    model, data = task.model(None), task.examples()
+    task = Scaled()
+    model, data = task.model(checkpoint), task.examples()
     parameters = list(model.parameters())
 
     def flat(value: Tensor, create: bool = False) -> Tensor:
@@ -90,10 +101,15 @@ def test_all_quantities_are_those_of_the_dense_matrix(operator: str, tmp_path: P
     exact = np.sort(np.linalg.eigvalsh(matrix))[::-1]
     norms = gs.Norms(24) if operator != "covariance" else False
     slq = gs.SLQ(num_probes=12, steps=29, shift=5.0, edge=float(exact[2:4].mean()), reorthogonalize=True)
+    alone = {"microbatch": EXAMPLES} if operator == "covariance" else {}  # one microbatch: a rank without examples
     run = gs.spectrum(Regression(), str(tmp_path / "run"), operator, top, gs.Hutchinson(40, None), slq, norms,
-                      workers=2, **SETTINGS)  # fmt: skip
+                      workers=2, **{**SETTINGS, **alone})  # fmt: skip
     np.testing.assert_allclose(run.eigenvalues(), exact[:top], rtol=1e-9)
     assert value(run, "lambda_max")[0] == pytest.approx(exact[0], rel=1e-9)
+    row = run.estimates().set_index("name").loc["lambda_max"]
+    squared = operator == "covariance"
+    assert row["unit"] == ("(loss units / parameter unit)^2" if squared else "loss units / parameter unit^2")
+    assert row["status"] == "identity"
     trace, stderr = value(run, "trace_sample")
     if operator == "covariance":
         assert trace == pytest.approx(np.trace(matrix), rel=1e-12)
@@ -134,8 +150,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> gs.Spectrum:
 ASKED = {"top": 4, "which": "both", "trace": gs.Hutchinson(16, None), "density": gs.SLQ(2, 6), **SETTINGS}
 
 
-def same(run: gs.Spectrum, other: gs.Spectrum) -> None:
-    for frame, expected in ((run.estimates(), other.estimates()), (run.spectra(), other.spectra())):
+def same(run: gs.Spectrum, other: gs.Spectrum, step: int = 0) -> None:
+    for all_steps, expected in ((run.estimates(), other.estimates()), (run.spectra(), other.spectra())):
+        frame = all_steps[all_steps["step"] == step].reset_index(drop=True)
         for column in ("value", "stderr", "weight"):
             if column in frame:
                 np.testing.assert_allclose(
@@ -145,8 +162,76 @@ def same(run: gs.Spectrum, other: gs.Spectrum) -> None:
         assert frame[names].equals(expected[names])
 
 
-def test_three_workers_find_what_one_does(tmp_path: Path, undisturbed: gs.Spectrum) -> None:
-    same(gs.spectrum(Regression(), str(tmp_path / "run"), workers=3, **ASKED), undisturbed)
+def test_three_workers_find_what_one_does_at_every_checkpoint(tmp_path: Path, undisturbed: gs.Spectrum) -> None:
+    paths = {0: tmp_path / "one", 7: tmp_path / "two"}
+    for path, scale in zip(paths.values(), ("1.0", "2.0"), strict=True):
+        path.write_text(scale)
+    run = gs.spectrum(Scaled(), str(tmp_path / "run"), workers=3,
+                      checkpoints={step: str(path) for step, path in paths.items()}, **ASKED)  # fmt: skip
+    same(run, undisturbed, step=0)
+    exact = np.linalg.eigvalsh(rows(str(paths[7]))[2].mean(dim=0).numpy())
+    np.testing.assert_allclose(run.eigenvalues(step=7), exact[[-1, -2, 1, 0]], rtol=1e-9)
+    found = run.estimates()
+    assert not np.allclose(*(found[(found["step"] == step) & (found["scope"] == "all")]["value"] for step in paths))
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path: Path, undisturbed: gs.Spectrum) -> None:
+    (tmp_path / "other").write_text("0")
+    plan = SpectrumPlan.from_json((Path(undisturbed.path) / "run.json").read_text())
+    plan = dataclasses.replace(plan, checkpoints={"7": {"path": str(tmp_path / "other"), "fingerprint": None}})
+    job = SpectrumJob(Scaled(), str(tmp_path), None, (), 4, 1, "cpu", 60.0)
+    with pytest.raises(
+        gs.GradscaleError, match=r"parameters of the first one, got others at step 7: 0\.weight, 0\.bias"
+    ):
+        SpectrumWorker(pickle.dumps(job), sys.path, os.getcwd()).choose(plan, 7, ["trace"])
+
+
+def test_a_gang_of_one_that_dies_over_a_unit_is_started_again(tmp_path: Path) -> None:
+    settings = {"top": 0, "trace": gs.Hutchinson(8, None), "norms": gs.Norms(1), "microbatch": 4, "shard_size": 4}
+    run = gs.spectrum(Troubled(str(tmp_path), "kill"), str(tmp_path / "run"), workers=1, **settings)
+    assert (tmp_path / "attempt-0").exists()
+    assert np.isfinite(value(run, "trace")).all()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_commits_are_read_back_to_the_bit_and_go_on_to_the_same_eigenvalues(tmp_path: Path) -> None:
+    """At every step of a run with restarts, also beside what a gang before it has left."""
+    matrix = torch.randn(60, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    operator, start = DenseOperator(matrix + matrix.T), torch.linspace(1, 2, 60, dtype=torch.float64)
+    asked = {"top": 3, "basis_cap": 12, "tolerance": 1e-10}
+    commits = LanczosCommits(Files(str(tmp_path)), 0, range(60), 0.0)
+    states: list[LanczosState] = []
+
+    def on_step(state: LanczosState) -> None:
+        commits.commit(state)
+        found = LanczosCommits(Files(str(tmp_path)), 0, range(60), 0.0).read(torch.device("cpu"))
+        assert found is not None
+        assert torch.equal(found.basis, state.basis)
+        assert found[3:] == state[3:]
+        states.append(found)
+
+    undisturbed = lanczos(operator, start, on_step=on_step, **asked)
+    assert undisturbed.restarts > 2
+    for state in states[:: len(states) // 3]:
+        assert torch.equal(lanczos(operator, state, **asked).values, undisturbed.values)
+    folder = tmp_path / "lanczos" / "step-00000000"
+    record = json.loads((folder / "state.json").read_text())
+    assert {path.name for path in folder.glob("rows-*")} == {piece["file"] for piece in record["pieces"]}
+    (folder / record["pieces"][0]["file"]).write_bytes(b"other")
+    with pytest.raises(gs.GradscaleError, match=r"must be as it was written, got other content; delete the folder"):
+        commits.read(torch.device("cpu"))
+    (folder / record["pieces"][0]["file"]).unlink()
+    with pytest.raises(gs.GradscaleError, match=r"must be as it was written, got no such file; delete the folder"):
+        commits.read(torch.device("cpu"))
+    with pytest.raises(gs.GradscaleError, match=r"out must be a folder that all workers see, got .* a shared folder"):
+        commits._check_shared(record["pieces"])
 
 
 def test_a_killed_rank(tmp_path: Path, undisturbed: gs.Spectrum) -> None:
@@ -214,19 +299,20 @@ def writing(leader: int) -> list[int]:
     return found
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
+def wait_until(condition, seconds: float = 240.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds} s in vain"
         time.sleep(0.05)
 
 
-def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(tmp_path: Path) -> None:
-    out, asked = str(tmp_path / "run"), {**ASKED, "density": False}
-    gs.spectrum(Regression(), out, **asked)
+def test_a_finished_run_is_left_as_it_is_and_other_settings_are_refused(
+    tmp_path: Path, undisturbed: gs.Spectrum
+) -> None:
+    out, asked = shutil.copytree(undisturbed.path, tmp_path / "run").as_posix(), {**ASKED, "workers": 1}
     before = {path: path.stat().st_mtime_ns for path in Path(out).glob("parts/**/*.json")}
     gs.spectrum(Regression(), out, **asked)
-    assert len(before) == 2 + 2 * 3  # choice, eigenvalues, and two blocks of probes over three shards
+    assert len(before) == 3 + 2 * 3  # choice, eigenvalues, nodes, and two blocks of probes over three shards
     assert {path: path.stat().st_mtime_ns for path in Path(out).glob("parts/**/*.json")} == before
     with pytest.raises(gs.GradscaleError, match=r"(?s)settings must be those of the run .* top: 4 in the run, 5 now"):
         gs.spectrum(Regression(), out, **{**asked, "top": 5})
@@ -255,17 +341,20 @@ def test_enough_probes() -> None:
 
 
 def test_a_deflated_trace(tmp_path: Path, dense: dict) -> None:
-    run = gs.spectrum(Regression(), str(tmp_path / "run"), "ggn", 0, gs.Deflated("hutch++", 90), **SETTINGS)
+    run = gs.spectrum(Regression(), str(tmp_path / "run"), "ggn", 0, gs.Deflated("hutch++", 90), workers=1, **SETTINGS)
     assert value(run, "trace_sample")[0] == pytest.approx(np.trace(dense["ggn"]), rel=1e-7)  # P = 29 vectors span all
 
 
 def test_stability_is_that_of_the_dense_matrices(tmp_path: Path) -> None:
-    """The Gauss-Newton matrices are of rank one and no less than 0: the report for small problems has all, exactly."""
+    """The Gauss-Newton matrices are of rank one and no less than 0: the report for small problems has all, exactly.
+
+    With one microbatch, of two workers one has no examples.
+    """
     _, jacobians, _ = rows()
     eta, batch = 0.9, 4
     exact = {each.name: each for each in report_of_gram(jacobians @ jacobians.T, eta, batch).criteria}
     run = gs.spectrum(Regression(), str(tmp_path / "run"), "ggn", 1, False, stability=gs.Stability(eta, batch),
-                      workers=2, **SETTINGS)  # fmt: skip
+                      workers=2, **{**SETTINGS, "microbatch": EXAMPLES})  # fmt: skip
     found = run.estimates().set_index("name")
     assert set(found["measure"]) == {"gauss_newton", "stability"}
     for name in ("sharpness", "bound_along"):
@@ -304,6 +393,7 @@ def test_a_unit_that_fails_leaves_the_others(tmp_path: Path) -> None:
             {"stability": gs.Stability(0.1, 4), "top": 0},
             "stability needs the largest eigenvalue of hessian or ggn, got top = 0",
         ),
+        ({"gpus_per_worker": 0.5, "workers": 2}, "gpus_per_worker must be a whole number where workers meet, got 0.5"),
         ({"max_steps": 0}, "max_steps must be a whole number of at least 1, got 0"),
     ],
 )
@@ -316,7 +406,16 @@ def test_bad_settings(settings: dict, message: str, tmp_path: Path) -> None:
     ("settings", "workers", "message"),
     [
         ({"top": 30}, 2, "top must be at most the 29 measured entries, got 30; ask for fewer"),
-        ({}, 30, "workers must be at most the 29 measured entries, got 30"),
+        (
+            {},
+            30,
+            "workers must be such that each holds an entry of the 29 measured ones, got 30 with slices of 1; use 29",
+        ),
+        (
+            {},
+            20,
+            "workers must be such that each holds an entry of the 29 measured ones, got 20 with slices of 2; use 15",
+        ),
         ({"examples": 1, "operator": "covariance"}, 2, "examples must be two or more for a covariance, got 1"),
         ({"stability": {"batch_size": 25}}, 2, "batch_size must be at most the 24 examples, got 25"),
         ({"basis_cap": 3, "top": 1}, 2, "basis_cap must be at least 5 for top = 1, got 3; raise it"),
@@ -342,6 +441,7 @@ def test_more_examples_than_there_are(tmp_path: Path) -> None:
         (gs.SLQ, {"num_probes": 0}, "num_probes must be a whole number of at least 1, got 0"),
         (gs.SLQ, {"steps": 0}, "steps must be a whole number of at least 1, got 0"),
         (gs.SLQ, {"shift": -1.0}, "shift must be a number of at least 0, got -1.0"),
+        (gs.SLQ, {"edge": math.nan}, "edge must be a finite number, got nan"),
         (gs.Norms, {"num_probes": 0}, "num_probes must be a whole number of at least 1, got 0"),
         (gs.Deflated, {"products": 5}, "products must be a whole number of at least 6, got 5"),
         (gs.Deflated, {"method": "lanczos"}, "method of the trace must be hutchinson or one of"),

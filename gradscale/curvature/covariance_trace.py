@@ -16,17 +16,16 @@ from gradscale.grads.readings import SquaredNorms
 from gradscale.grads.subject import read_batch
 
 
-def covariance_traces(operator: ShardedCovariance, layout: Layout) -> dict[str, float]:
+def covariance_traces(operator: ShardedCovariance, layout: Layout, device: torch.device) -> dict[str, float]:
     """Of every parameter: (1 / (n - 1)) (sum_i |g_i|^2 - n |g|^2), g the mean gradient of all processes' examples.
 
     Status: identity. Cost: a pass for the norms of the examples' gradients, and one for their sum.
     Raises: GradscaleError naming the first example whose loss or gradient is not finite.
     """
     n, share = operator.examples, operator.share
-    squares = torch.zeros(len(layout.names), dtype=torch.float64)
-    total = torch.zeros(1, layout.size, dtype=torch.float64)
+    squares = torch.zeros(len(layout.names), dtype=torch.float64, device=device)
+    total = torch.zeros(1, layout.size, dtype=torch.float64, device=device)
     if share is not None:
-        squares, total = squares.to(share.subject.device), total.to(share.subject.device)
         for microbatch in share:
             readings = read_batch(share.subject, microbatch.batch, frozenset({SquaredNorms()}))
             if not bool(readings.finite.all()):

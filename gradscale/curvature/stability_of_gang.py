@@ -44,10 +44,10 @@ def stability_of_gang(
     vector = ritz.vectors[:1]
     along = squares = traces = None
     if not momentum:
-        forms = [example_quadratics(own, gathered(vector, operator.size, operator.group), seed=seed)
-                 for own in part.operators()]  # fmt: skip
+        whole = gathered(vector, operator.size, operator.group)  # by all processes, also those without examples
+        forms = [example_quadratics(own, whole, seed=seed) for own in part.operators()]
         values = [found.values[:, 0] for found in forms] or [vector.new_zeros(0, dtype=torch.float64)]
-        error = _largest(operator, max([0.0, *(found.error for found in forms)]))
+        error = _largest(operator, max([0.0, *(found.error for found in forms)]), vector.device)
         along = quadratic_moments(operator, torch.cat(values), error)
     if sample and not momentum:
         probes = FlatProbes(operator.here, seed, "rademacher", vector.dtype, str(vector.device))
@@ -62,9 +62,9 @@ def stability_of_gang(
     return stability_at_scale(known, eta, batch_size, momentum)
 
 
-def _largest(operator: Sharded, value: float) -> float:
+def _largest(operator: Sharded, value: float, device: torch.device) -> float:
     """Of all processes' numbers."""
     rank, world = dist.get_rank(operator.group), dist.get_world_size(operator.group)
-    own = torch.zeros(world, dtype=torch.float64, device="cpu")
+    own = torch.zeros(world, dtype=torch.float64, device=device)
     own[rank] = value
     return float(operator.all_sum(own).max())

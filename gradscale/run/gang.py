@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gradscale.errors import GradscaleError, OutOfMemory
+from gradscale.errors import GradscaleError
 from gradscale.run.cluster import Resources, pickled
 from gradscale.run.pool import Dispatch, Failure, Tried, place_of_driver, short
 
@@ -64,43 +64,74 @@ class Gang:
             try:
                 self._start()
                 return self._run(method, arguments, on_progress)
-            except (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError) as error:
+            except _losses() as error:
                 losses += 1
                 _LOG.warning("a process of the gang was lost (%s); starting the gang again", short(error))
-                problem: Exception = error
+                if losses >= _LOSSES:
+                    raise _not_outlived(method, error) from error
             except ray.exceptions.RayTaskError as error:
-                problem = error.cause or error
+                problem: Exception = error.cause or error
                 attempts += 1
-                if isinstance(problem, GradscaleError | OutOfMemory) or attempts >= _ATTEMPTS:
+                if isinstance(problem, GradscaleError) or attempts >= _ATTEMPTS:
                     raise problem from error
                 _LOG.warning("%s of the gang failed (%s); starting the gang again", method, short(error))
             self._end()
-            if losses >= _LOSSES:
-                raise GradscaleError(
-                    f"a gang must outlive {method}, got {losses} of which a process died, perhaps killed for memory "
-                    f"({short(problem)}); take more workers, a smaller --basis-cap or --microbatch"
-                ) from problem
 
     def map(self, method: str, items: Sequence[tuple[Any, ...]], on_result: Callable[[Any], None]) -> list[Failure]:
-        """Run `method` on every item, each on one of the actors, as `Pool.map` does. An actor that dies is missed.
+        """Run `method` on every item, each on one of the actors, as `Pool.map` does.
 
-        Raises: as `Pool.map`.
+        The others do the items of an actor that dies; once none is left, a new gang does.
+        Raises: as `Pool.map`; GradscaleError if gangs are lost again and again without a result.
         """
-        self._start()
-        dispatch = Dispatch(list(self._actors), method, items, self._microbatch)
-        try:
-            dispatch.run(on_result)
-        finally:
-            if len(dispatch.actors) < self._workers:
-                self._end()  # the next call starts a whole gang
-        return dispatch.failures
+        left, failures, losses = dict(enumerate(items)), list[Failure](), 0
+
+        def keep(numbered: tuple[int, Any]) -> None:
+            nonlocal losses
+            number, result = numbered
+            losses = 0
+            del left[number]
+            on_result(result)
+
+        while left:
+            self._start_surely()
+            calls = [(_numbered, number, method, item) for number, item in left.items()]
+            dispatch = Dispatch(list(self._actors), "__ray_call__", calls, self._microbatch)
+            try:
+                dispatch.run(keep)
+            except GradscaleError as error:
+                losses += 1
+                if dispatch.actors:
+                    raise
+                if losses >= _LOSSES:
+                    raise _not_outlived(method, error) from error
+                _LOG.warning("all processes of the gang were lost; starting the gang again")
+            finally:
+                if len(dispatch.actors) < self._workers:
+                    self._end()  # the next call starts a whole gang
+            failures += [failure._replace(item=left.pop(failure.item[1])) for failure in dispatch.failures]
+        return failures
 
     def pids(self) -> list[int]:
         """The ranks' process ids, in their order."""
         import ray
 
-        self._start()
+        self._start_surely()
         return [int(pid) for pid in ray.get([actor.ready.remote() for actor in self._actors])]
+
+    def _start_surely(self) -> None:
+        """`_start`, again if a process is lost, or the port taken, before all have met."""
+        import ray
+
+        expected: tuple[type[Exception], ...] = (*_losses(), ray.exceptions.RayTaskError)
+        for attempt in range(1, _LOSSES + 1):
+            try:
+                self._start()
+                break
+            except expected as error:
+                _LOG.warning("the gang could not start (%s); starting it again", short(error))
+                self._end()
+                if attempt == _LOSSES:
+                    raise _not_outlived("its start", error) from error
 
     def _start(self) -> None:
         """Unless there is one: reserve the places, start the actors, let them meet."""
@@ -123,7 +154,6 @@ class Gang:
                 ray.available_resources(),
             )
         places = [PlacementGroupSchedulingStrategy(self._group, rank) for rank in range(self._workers)]
-        meeting = ray.remote(_meeting_place).options(num_cpus=0, scheduling_strategy=places[0])
         kind: Any = ray.remote(self._kind)
         path, folder = place_of_driver()
         self._actors = [
@@ -145,7 +175,7 @@ class Gang:
             raise GradscaleError(
                 f"a worker must be able to start, got {short(error)}; the task must be importable or picklable there"
             ) from error
-        address, port = ray.get(meeting.remote())
+        address, port = ray.get(self._actors[0].__ray_call__.remote(_meeting_place))
         ray.get([
             actor.join.remote(address, port, rank, self._workers) for rank, actor in enumerate(self._actors)
         ])  # fmt: skip
@@ -167,9 +197,14 @@ class Gang:
         return ray.get(first)
 
     def _reason(self, error: Exception, waiting: list[Any]) -> Exception:
-        """The error that the others follow from: a lost process, else what is wrong with the input, else the first."""
+        """The error that the others follow from: a lost process, else what is wrong with the input, else the first.
+
+        The other ranks wait for the one that failed: they are listened to only if its error may follow from theirs.
+        """
         import ray
 
+        if isinstance(error, _losses()) or _is_told(error):
+            return error
         errors = [error]
         done, _ = ray.wait(waiting, num_returns=len(waiting), timeout=_GRACE_SECONDS) if waiting else ([], [])
         for reference in done:
@@ -177,8 +212,8 @@ class Gang:
                 ray.get(reference)
             except ray.exceptions.RayError as other:
                 errors.append(other)
-        lost = [e for e in errors if isinstance(e, ray.exceptions.RayActorError)]
-        told = [e for e in errors if isinstance(getattr(e, "cause", None), GradscaleError)]
+        lost = [e for e in errors if isinstance(e, _losses())]
+        told = [e for e in errors if _is_told(e)]
         return (lost or told or errors)[0]
 
     def _end(self) -> None:
@@ -203,7 +238,31 @@ def _tell(actor: Any, on_progress: Callable[[Any], None]) -> None:
             return  # of a process that is lost: its work says so
 
 
-def _meeting_place() -> tuple[str, int]:
+def _losses() -> tuple[type[Exception], ...]:
+    """Ray's errors of a process that is no more."""
+    import ray.exceptions as known
+
+    return known.RayActorError, known.WorkerCrashedError, known.OutOfMemoryError
+
+
+def _is_told(error: Exception) -> bool:
+    """Whether a rank has said what is wrong with the input."""
+    return isinstance(getattr(error, "cause", None), GradscaleError)
+
+
+def _not_outlived(what: str, error: Exception) -> GradscaleError:
+    return GradscaleError(
+        f"a gang must outlive {what}, got {_LOSSES} of which a process died, perhaps killed for memory "
+        f"({short(error)}); take more workers, a smaller --basis-cap or --microbatch"
+    )
+
+
+def _numbered(worker: Any, number: int, method: str, item: tuple[Any, ...]) -> tuple[int, Any]:
+    """The result of an item, with its number."""
+    return number, getattr(worker, method)(*item)
+
+
+def _meeting_place(_: Any) -> tuple[str, int]:
     """This node's address and a port that is free there."""
     import ray
 

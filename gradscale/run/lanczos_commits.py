@@ -1,9 +1,10 @@
 """Where a gang's Lanczos run stands, in files, so that a gang of any size goes on from it.
 
     lanczos/step-00000000/state.json                       written last, by rank 0: the scalars, and which files count
-    lanczos/step-00000000/rows-00-00012-00015-0.safetensors  vectors 12 to 14 since restart 0, their entries from 0 on
+    lanczos/step-00000000/rows-00-00012-00015-0-<hash>.safetensors  vectors 12 to 14 since restart 0, entries from 0 on
 
-Every rank writes the entries of the vectors that have come since the last commit; after a restart, which changes all of
+A file is named by its content, so that a process that outlives its gang cannot change what another has committed. Every
+rank writes the entries of the vectors that have come since the last commit; after a restart, which changes all of
 them, those of all. Once the eigenvalues are a part of the run the folder is deleted.
 
 Shapes: p entries here, n vectors.
@@ -50,7 +51,7 @@ class LanczosCommits:
         return f"lanczos/step-{self.step:08d}"
 
     def commit(self, state: LanczosState) -> None:
-        """Raises: OSError if a file cannot be written, on every rank the same."""
+        """Raises: OSError on a rank that cannot write; GradscaleError on rank 0 if it does not see all files."""
         if not self._due(state.basis.device):
             return
         stale: list[dict[str, Any]] = []
@@ -58,7 +59,10 @@ class LanczosCommits:
             stale, self._pieces, self._written, self._restarts = self._pieces, [], 0, state.restarts
         n = len(state.basis)
         if n > self._written:
-            self._pieces += _everyones(self._write(state, self._written, n))
+            pieces = _everyones(self._write(state, self._written, n))
+            if not self._pieces:
+                self._check_shared(pieces)
+            self._pieces += pieces
             self._written = n
         if dist.get_rank() == 0:
             self.files.write(f"{self.folder}/state.json", json.dumps(_record(state, self._pieces)).encode())
@@ -71,10 +75,9 @@ class LanczosCommits:
 
         Raises: GradscaleError if a file is not what was written.
         """
-        name = f"{self.folder}/state.json"
-        if not self.files.exists(name):
+        found = self._committed(device)
+        if found is None:
             return None
-        found = json.loads(self.files.read(name).to_pybytes())
         n = found["vectors"]
         basis = torch.empty(n, len(self.here), dtype=getattr(torch, found["dtype"]), device=device)
         for piece in found["pieces"]:
@@ -90,6 +93,24 @@ class LanczosCommits:
             *(found[name] for name in _SCALARS),
         )
 
+    def _committed(self, device: torch.device) -> dict[str, Any] | None:
+        """What rank 0 finds: of ranks that looked for themselves some might go on and others begin."""
+        name, found = f"{self.folder}/state.json", [None]
+        if dist.get_rank() == 0 and self.files.exists(name):
+            found = [json.loads(self.files.read(name).to_pybytes())]
+        dist.broadcast_object_list(found, 0, device=device)
+        return found[0]
+
+    def _check_shared(self, pieces: list[dict[str, Any]]) -> None:
+        if dist.get_rank() == 0:
+            for piece in pieces:
+                if not self.files.exists(f"{self.folder}/{piece['file']}"):
+                    raise GradscaleError(
+                        f"out must be a folder that all workers see, got {self.files.root}, which on the node of rank "
+                        f"0 has no {piece['file']} after another rank had written it; use a shared folder or a URI "
+                        "such as s3://"
+                    )
+
     def _due(self, device: torch.device) -> bool:
         due = torch.tensor(float(time.monotonic() - self._last >= self.seconds), device=device)
         dist.broadcast(due, 0)
@@ -98,19 +119,22 @@ class LanczosCommits:
         return bool(due)
 
     def _write(self, state: LanczosState, first: int, last: int) -> dict[str, Any]:
-        name = f"rows-{state.restarts:02d}-{first:05d}-{last:05d}-{self.here.start}.safetensors"
         content = safetensors.torch.save({"rows": state.basis[first:last].cpu().contiguous()})
+        digest = xxhash.xxh3_64_hexdigest(content)
+        name = f"rows-{state.restarts:02d}-{first:05d}-{last:05d}-{self.here.start}-{digest}.safetensors"
         self.files.write(f"{self.folder}/{name}", content)
         place = {"first": first, "last": last, "start": self.here.start, "stop": self.here.stop}
-        return {"file": name, **place, "xxh3_64": xxhash.xxh3_64_hexdigest(content)}
+        return {"file": name, **place, "xxh3_64": digest}
 
     def _rows(self, piece: dict[str, Any]) -> Tensor:
         name = f"{self.folder}/{piece['file']}"
-        content = self.files.read(name).to_pybytes() if self.files.exists(name) else b""
+        there = self.files.exists(name)
+        content = self.files.read(name).to_pybytes() if there else b""
         if xxhash.xxh3_64_hexdigest(content) != piece["xxh3_64"]:
+            got = "other content" if there else "no such file"
             raise GradscaleError(
-                f"{name} must be as it was written, got other content; delete the folder {self.folder} in "
-                f"{self.files.root} and run the same command again"
+                f"{name} must be as it was written, got {got}; delete the folder {self.folder} in {self.files.root} "
+                "and run the same command again"
             )
         return safetensors.torch.load(content)["rows"]
 

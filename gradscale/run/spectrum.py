@@ -120,6 +120,11 @@ def spectrum(
         **asked,
     }
     kind = Gang if needs_gang(top, operator, **asked) else Pool
+    if kind is Gang and workers > 1 and not float(gpus_per_worker).is_integer():
+        raise GradscaleError(
+            f"gpus_per_worker must be a whole number where workers meet, got {gpus_per_worker}; two ranks cannot share "
+            "a GPU, use fewer workers"
+        )
     with ray_session(address, workers, resources), kind(job, workers, resources, SpectrumWorker) as actors:
         described: Described = actors.call("describe", steps[0].path)
         plan = SpectrumPlan(
@@ -132,7 +137,7 @@ def spectrum(
             versions=described.versions,
             **chosen,
         )
-        check_sizes(plan, workers)
+        check_sizes(plan, workers, kind is Gang)
         parts = Parts(store.files)
         adopt(store, plan, parts.any())
         run = SpectrumParts(plan, parts, on_progress)

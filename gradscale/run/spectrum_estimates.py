@@ -21,6 +21,8 @@ from gradscale.run.fold import EstimateRow
 from gradscale.run.spectrum_plan import TOGETHER, SpectrumPlan
 from gradscale.store.spectra import SpectrumRow
 
+COVARIANCE_UNIT = "(loss units / parameter unit)^2"
+
 
 class TraceSums(NamedTuple):
     """sums[j, l, s] = sum_i v_jl^T (M_i v_j)_l over the examples of shard s; whole blocks of TOGETHER probes."""
@@ -113,15 +115,15 @@ def _extremes(plan: SpectrumPlan, step: int, found: Mapping[str, Any], choice: M
     differences is beside it.
     """
     values, errors, n = found["values"], found["errors"], plan.examples
-    ways = choice.get("ways", {})
-    way: Mapping[str, Any] = next(iter(ways.values()), {"backend": "exact", "error": 0.0})
+    quantity, exact = "lambda_max" if plan.which == "largest" else "vector", {"backend": "exact", "error": 0.0}
+    way: Mapping[str, Any] = choice["ways"].get(quantity, exact)  # the covariance has one way, and it is exact
     approximate = way["backend"] == "finite_differences"
-    status = "estimator" if approximate or not all(found["converged"]) else "identity"
-    rows = []
+    unit, rows = COVARIANCE_UNIT if plan.operator == "covariance" else UNIT, []
     for name, at in _places(plan.which, values).items():
         value = abs(values[at]) if name == "spectral_norm" else values[at]
         error = math.hypot(errors[at], way["error"] * abs(value) if approximate else 0.0)
-        rows.append(_row(plan, step, name, "all", value, error, n, status, f"lanczos/{plan.which}", UNIT))
+        status = "identity" if found["converged"][at] and not approximate else "estimator"
+        rows.append(_row(plan, step, name, "all", value, error, n, status, f"lanczos/{plan.which}", unit))
     return rows
 
 
@@ -154,9 +156,9 @@ def _traces(plan: SpectrumPlan, step: int, found: TraceSums) -> list[EstimateRow
 
 def _exact_traces(plan: SpectrumPlan, step: int, found: Mapping[str, float]) -> list[EstimateRow]:
     by_scope = {"all": math.fsum(found.values()), **{f"layer:{name}": value for name, value in found.items()}}
-    unit = "(loss units / parameter unit)^2"
+    n, how = plan.examples, "sum_of_squares"
     return [
-        _row(plan, step, "trace_sample", scope, value, None, plan.examples, "identity", "sum_of_squares", unit)
+        _row(plan, step, "trace_sample", scope, value, None, n, "identity", how, COVARIANCE_UNIT)
         for scope, value in by_scope.items()
     ]
 

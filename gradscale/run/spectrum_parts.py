@@ -58,6 +58,7 @@ class SpectrumParts:
     parts: Parts
     on_progress: Callable[[SpectrumProgress], None] | None
     began: float = field(default_factory=time.monotonic)
+    products: int = 0  # of the step's trace that are there
 
     def choose(self, actors: Pool | Gang, step: int) -> None:
         """The way of products: a part of the run, so that a resumed one takes the same."""
@@ -72,7 +73,7 @@ class SpectrumParts:
         plan, asked = self.plan, self.plan.trace
         if not _by_probes(plan) or asked is None:
             return
-        choice, failures = self.parts.read(step, "choice"), []
+        choice = self.parts.read(step, "choice")
         together = max(1, -(-2 * workers // plan.shards))  # blocks at once, so that no worker waits for the last unit
         blocks = probe_blocks(asked)
         self.began = time.monotonic()
@@ -83,6 +84,7 @@ class SpectrumParts:
             units = [unit for block in blocks[first : first + together] for unit in plan.units(step, *block)]
             there = self.parts.names(step)
             left = [unit for unit in units if unit.name not in there]
+            self.products = sum(_products(name, asked["max_probes"]) for name in there)
             failures = actors.map("trace_sums", [(plan, choice, unit) for unit in left], self._keep)
             if failures:
                 lines = [f"{failure.item[2]}, {failure.attempts} attempts: {failure.error}" for failure in failures]
@@ -100,6 +102,11 @@ class SpectrumParts:
             self.began = time.monotonic()
             found = gang.call("solve", method, self.plan, step, *arguments, on_progress=self._said(step))
             self.parts.write(step, name, found)
+            if name == "eigenvalues":
+                self._forget(step)
+        self._forget(step)  # of a driver that was killed before
+
+    def _forget(self, step: int) -> None:
         self.parts.files.delete_folder(f"lanczos/step-{step:08d}")
 
     def write(self, store: Store) -> None:
@@ -150,8 +157,8 @@ class SpectrumParts:
         unit, sums = result
         self.parts.write(unit.step, unit.name, {"unit": dataclasses.asdict(unit), "sums": sums})
         asked = self.plan.trace or {}
-        done = sum(name.startswith("trace-") for name in self.parts.names(unit.step)) * TOGETHER
-        self._tell(unit.step, Said("trace", done, asked["max_probes"] * self.plan.shards, ""))
+        self.products += unit.last - unit.first
+        self._tell(unit.step, Said("trace", self.products, asked["max_probes"] * self.plan.shards, ""))
 
     def _said(self, step: int) -> Callable[[Said], None]:
         return lambda said: self._tell(step, said)
@@ -196,6 +203,12 @@ def _by_probes(plan: SpectrumPlan) -> bool:
     """Whether the trace is one of shard jobs."""
     hutchinson = plan.trace is not None and plan.trace["method"] == Hutchinson.method
     return hutchinson and plan.operator != "covariance"
+
+
+def _products(part: str, max_probes: int) -> int:
+    """Of a unit of the trace, by its name; 0 of another part."""
+    kind, _, rest = part.partition("-")
+    return min(TOGETHER, max_probes - int(rest[:5])) if kind == "trace" else 0
 
 
 def _described(way: Mapping[str, Any]) -> str:

@@ -104,6 +104,8 @@ class SLQ:
         _check_kind(self.probes)
         if self.shift is not None and not 0 <= self.shift < math.inf:
             raise GradscaleError(f"shift must be a number of at least 0, got {self.shift}; 1e-3 lambda_max is usual")
+        if self.edge is not None and not math.isfinite(self.edge):
+            raise GradscaleError(f"edge must be a finite number, got {self.edge}; where the bulk ends is usual")
 
 
 @dataclass(frozen=True)
@@ -248,14 +250,18 @@ def check_settings(
         )
 
 
-def check_sizes(plan: SpectrumPlan, workers: int) -> None:
+def check_sizes(plan: SpectrumPlan, workers: int, gang: bool = True) -> None:
     """Raises: GradscaleError if more is asked for than there is of it."""
     if plan.top > plan.size:
         raise GradscaleError(
             f"top must be at most the {plan.size} measured entries, got {plan.top}; ask for fewer eigenvalues"
         )
-    if workers > plan.size:
-        raise GradscaleError(f"workers must be at most the {plan.size} measured entries, got {workers}; use fewer")
+    width = -(-plan.size // workers)
+    if gang and (workers - 1) * width >= plan.size:
+        raise GradscaleError(
+            f"workers must be such that each holds an entry of the {plan.size} measured ones, got {workers} with "
+            f"slices of {width}; use {-(-plan.size // width)}"
+        )
     batch = plan.stability["batch_size"] if plan.stability else 1
     if batch > plan.examples:
         raise GradscaleError(f"batch_size must be at most the {plan.examples} examples, got {batch}; use a smaller one")

@@ -143,7 +143,7 @@ class Rank:
         """Exact, of every parameter: it takes no probes."""
         operator = self._operator({}, "trace")
         assert isinstance(operator, ShardedCovariance)
-        return {"by_parameter": covariance_traces(operator, self.stream.layout)}
+        return {"by_parameter": covariance_traces(operator, self.stream.layout, self.stream.subject.device)}
 
     def _operator(self, choice: Mapping[str, Any], quantity: str) -> Operator:
         ways = choice.get("ways", {})

@@ -75,11 +75,9 @@ class SpectrumWorker:
         subject = self._load(checkpoint)
         if not len(subject.examples):
             raise GradscaleError("the dataset must have at least one example, got 0; check --data")
-        parameters = {
-            name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
-            for name, p in subject.parameters.items()
-        }
-        return Described(len(subject.examples), fingerprint(subject.examples), parameters, versions(self._job.device))
+        return Described(
+            len(subject.examples), fingerprint(subject.examples), _parameters(subject), versions(self._job.device)
+        )
 
     def choose(self, plan: SpectrumPlan, step: int, quantities: Sequence[str]) -> dict[str, Any]:
         """The way of products for each of `quantities`, and the self-test of that for whole vectors.
@@ -135,10 +133,12 @@ class SpectrumWorker:
 
     def _stream(self, plan: SpectrumPlan, step: int) -> Stream:
         subject = self._load(plan.checkpoints[str(step)]["path"])
-        if list(subject.parameters) != list(plan.parameters):
+        found = _parameters(subject)
+        other = [name for name in {**plan.parameters, **found} if found.get(name) != plan.parameters.get(name)]
+        if other or list(found) != list(plan.parameters):
             raise GradscaleError(
-                f"every checkpoint must have the parameters of the first one, got others at step {step}; measure it "
-                "into a run of its own"
+                f"every checkpoint must have the parameters of the first one, got others at step {step}: "
+                f"{', '.join(other[:3]) or 'another order'}; measure it into a run of its own"
             )
         return Stream(subject, range(plan.examples), plan.microbatch)
 
@@ -151,6 +151,14 @@ class SpectrumWorker:
             job = self._job
             self._loaded = checkpoint, prepare(job.task, checkpoint, job.params, job.device, job.excluded)
         return self._loaded[1]
+
+
+def _parameters(subject: Subject) -> dict[str, Any]:
+    """As a plan has them."""
+    return {
+        name: {"shape": list(p.shape), "dtype": str(p.dtype).removeprefix("torch.")}
+        for name, p in subject.parameters.items()
+    }
 
 
 def _by_parameter(layout: Layout, vectors: Tensor, sums: Tensor) -> Tensor:
