@@ -6,6 +6,7 @@ Exit code 0 only if all was measured; 1 if shards failed; 2 for bad input.
 from __future__ import annotations
 
 import logging
+import shutil
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -187,7 +188,7 @@ def show(
     from gradscale.report.tables import estimate_tables
     from gradscale.store.results import open_run
 
-    _print(*estimate_tables(open_run(run), measure))
+    _print(*estimate_tables(open_run(run), measure, width=_width()))
 
 
 @app.command(epilog="Example: gradscale report runs/demo-real runs/demo-random --output runs/demo.html")
@@ -254,9 +255,13 @@ def main() -> None:
         sys.exit(1)
 
 
+def _width() -> int:
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+
+
 def _print(*parts: RenderableType) -> None:
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=_width())
     for part in parts:
         console.print(part)

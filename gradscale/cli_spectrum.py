@@ -156,6 +156,9 @@ def _density(asked: bool, probes: int | None, steps: int | None, shift: float | 
 def _norms(probes: int) -> bool | Norms:
     from gradscale.run.spectrum_plan import Norms
 
+    if probes < 0:
+        raise GradscaleError(f"norms must be a number of probes, or 0 for none, got {probes}")
+
     return Norms(probes) if probes else False
 
 

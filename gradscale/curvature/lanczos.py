@@ -84,6 +84,7 @@ def lanczos(
     plan = Plan(goal, _cap(operator, goal, block, basis_cap), seed)
     storage = vectors.new_empty(plan.cap, vectors.shape[1])
     state = _taken(storage, start) if isinstance(start, LanczosState) else begun(operator, storage, vectors, plan)
+    del start, vectors  # whose basis is in the storage now
     pairs = ritz_pairs(state.projected, state.pending, state.components)
     while state.step < max_steps and not _is_over(pairs, state, goal):
         state = advanced(operator, storage, state, plan)

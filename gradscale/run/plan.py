@@ -99,6 +99,8 @@ class Plan:
         """Raises: GradscaleError if the text is not a plan."""
         try:
             found = json.loads(text)
+            if "kind" in found:
+                raise ValueError(f"the plan of a {found['kind']} run")
             found.setdefault("sketch_dtype", "float32" if found.get("sketch") else None)  # of before there was a choice
             return cls(**found)
         except (ValueError, TypeError, AttributeError) as error:

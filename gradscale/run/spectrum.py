@@ -86,7 +86,7 @@ def spectrum(
     check_positive(workers=workers, microbatch=microbatch, shard_size=shard_size, threads_per_worker=threads_per_worker,
                    max_steps=max_steps)  # fmt: skip
     asked = _asked(operator, trace, density, norms, stability)
-    check_settings(operator, top, which, backend, vectors, list(asked.values()), bool(asked["norms"]))
+    check_settings(operator, top, which, tolerance, backend, vectors, list(asked.values()), bool(asked["norms"]))
     if stability is not None and (not top or which == "magnitude" or operator == "covariance"):
         raise GradscaleError(
             f"stability needs the largest eigenvalue of hessian or ggn, got top = {top}, which = {which} and operator "
@@ -164,6 +164,10 @@ def _asked(
         "norms": Norms() if norms is True else norms or None,
         "stability": stability,
     }
+    if isinstance(trace, Deflated) and operator == "covariance":
+        raise GradscaleError(
+            f"method of the trace must be left out for the covariance, whose trace is exact, got {trace.method}"
+        )
     if isinstance(trace, Deflated) and trace.method == "xnystrace" and operator == "hessian":
         raise GradscaleError(
             "method of the trace must be hutchinson, hutch++ or xtrace for a Hessian, which has negative eigenvalues, "

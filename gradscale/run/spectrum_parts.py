@@ -25,6 +25,7 @@ from gradscale.run.spectrum_estimates import (
     quadrature_of,
     spectrum_rows,
     step_rows,
+    traced,
 )
 from gradscale.run.spectrum_plan import TOGETHER, Hutchinson, SpectrumPlan, TraceUnit
 from gradscale.run.spectrum_ranks import Said
@@ -92,6 +93,9 @@ class SpectrumParts:
                     f"{len(failures)} units of the trace failed; the others are kept. Run the same command again to "
                     "try them anew.\n  " + "\n  ".join(lines)
                 ) from failures[0].error
+        if (sums := self._sums(step)) is not None:
+            value, _, error = traced(sums)
+            _LOG.info("step %d: trace %.5g +- %.2g after %d probes", step, value, error, len(sums.sums))
 
     def solve(self, gang: Gang, step: int) -> None:
         """What a gang has to solve and has not."""

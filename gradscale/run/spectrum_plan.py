@@ -53,7 +53,7 @@ class Hutchinson:
 
 @dataclass(frozen=True)
 class Deflated:
-    """tr A with what a few products span taken exactly: `hutch++`, `xtrace`, or `xnystrace` of ggn and covariance.
+    """tr A with what a few products span taken exactly: `hutch++`, `xtrace`, or `xnystrace` of ggn.
 
     Holds 2 to 3 `products` / 3 vectors, in slices, and runs on the gang; see `gradscale.curvature.deflated`.
     """
@@ -227,7 +227,14 @@ class SpectrumPlan:
 
 
 def check_settings(
-    operator: str, top: int, which: str, backend: str, vectors: str, quantities: Sequence[object], frobenius: bool
+    operator: str,
+    top: int,
+    which: str,
+    tolerance: float,
+    backend: str,
+    vectors: str,
+    quantities: Sequence[object],
+    frobenius: bool,
 ) -> None:
     """Raises: GradscaleError if a setting is unknown, or nothing is asked for."""
     for name, value, known in (
@@ -239,6 +246,8 @@ def check_settings(
         if value not in known:
             raise GradscaleError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     _at_least(0, top=top)
+    if not 0 < tolerance < math.inf:
+        raise GradscaleError(f"tolerance must be positive, got {tolerance}; 1e-6 of each eigenvalue is usual")
     if operator != "hessian" and backend != "auto":
         raise GradscaleError(f"backend must be auto for the operator {operator}, got {backend!r}; it has one way only")
     if not top and not any(quantities):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from gradscale.curvature.covariance_trace import covariance_traces
 from gradscale.curvature.deflated import hutch_plus_plus, xnystrace, xtrace
@@ -58,16 +59,23 @@ class Rank:
         """The plan's `top` by `lanczos`, going on from what has been committed."""
         plan, operator = self.plan, self._operator(choice, "lambda_max" if self.plan.which == "largest" else "vector")
         commits = LanczosCommits(self.files, self.step, operator.here, self.commit_seconds)
-        start = commits.read(self.stream.subject.device)
+        start: Tensor | LanczosState | None = commits.read(self.stream.subject.device)
+        resumed_from = 0
+        if isinstance(start, LanczosState):
+            resumed_from = start.step
+        else:
+            start = self._probes(operator, "gaussian")(range(_START, _START + 1))
+        held, start = [start], None  # given away, for a basis must not be held twice
         began = time.monotonic()
 
         def on_step(state: LanczosState) -> None:
             commits.commit(state)
-            self.say(Said("eigenvalues", state.products, plan.max_steps, f"{state.restarts} restarts"))
+            times = f"{state.restarts} restart{'' if state.restarts == 1 else 's'}"
+            self.say(Said("eigenvalues", state.products, plan.max_steps, times))
 
         found = lanczos(
             operator,
-            start if start is not None else self._probes(operator, "gaussian")(range(_START, _START + 1)),
+            held.pop(),
             plan.top,
             plan.max_steps,
             plan.tolerance,
@@ -78,7 +86,7 @@ class Rank:
         )
         return {
             **_ritz_record(found),
-            "resumed_from": start.step if start is not None else 0,
+            "resumed_from": resumed_from,
             "seconds": time.monotonic() - began,
             "stability": self._stability(operator, found),
         }
