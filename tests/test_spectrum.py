@@ -100,7 +100,7 @@ def test_all_quantities_are_those_of_the_dense_matrix(operator: str, tmp_path: P
     matrix, top = dense[operator], 5
     exact = np.sort(np.linalg.eigvalsh(matrix))[::-1]
     norms = gs.Norms(8) if operator != "covariance" else False
-    slq = gs.SLQ(num_probes=8, steps=29, shift=5.0, edge=float(exact[2:4].mean()), reorthogonalize=True)
+    slq = gs.SLQ(num_probes=8, steps=29, shift=20.0, edge=float(exact[2:4].mean()), reorthogonalize=True)
     alone = {"microbatch": EXAMPLES} if operator == "covariance" else {}  # one microbatch: a rank without examples
     run = gs.spectrum(Regression(), str(tmp_path / "run"), operator, top, gs.Hutchinson(16, None), slq, norms,
                       workers=2, **{**SETTINGS, **alone})  # fmt: skip
@@ -124,13 +124,13 @@ def test_all_quantities_are_those_of_the_dense_matrix(operator: str, tmp_path: P
         assert abs(square - (halves[0] * halves[1]).sum()) < 4 * error
     assert layers(run, "trace_sample") == pytest.approx(trace, rel=1e-12)
     for name, function in {
-        "effective_dimension": lambda x: x / (x + 5.0),
+        "effective_dimension": lambda x: x / (x + 20.0),
         "outliers": lambda x: 1.0 * (x > exact[2:4].mean()),
     }.items():
         found, error = value(run, name)
         assert abs(found - function(exact).sum()) < 4 * error, name
     found, error = value(run, "log_determinant")
-    assert abs(found - np.log(exact + 5.0).sum()) < 4 * error if exact[-1] > -5.0 else math.isnan(found)
+    assert abs(found - np.log(exact + 20.0).sum()) < 4 * error
     nodes = run.quadrature()
     np.testing.assert_allclose([nodes.value.min(), nodes.value.max()], exact[[-1, 0]], rtol=1e-8, atol=1e-10)
 

@@ -80,8 +80,12 @@ def spectrum(
     holds a part of 1 / workers of every vector and takes as much of the examples. A gang that loses a process goes on
     from what it committed last; commits are `commit_seconds` apart. Results depend on `workers` within rounding.
 
+    Cost: products of all examples, of two to three forward and backward passes each: one an iteration of Lanczos, a
+    probe of the trace or of the norms, and a node of each probe of the density.
     Raises: GradscaleError for what the user can put right; OutOfMemory with what to try; ShardsFailed once all other
     units of a trace are done, if some raised on every attempt.
+    Source: Wu and Simon (2000), Lanczos with thick restarts; Hutchinson (1990); Ghorbani, Krishnan and Xiao (2019),
+    arXiv 1901.10159; Mulayoff and Michaeli (2023), arXiv 2306.07850, for stability.
     """
     check_positive(workers=workers, microbatch=microbatch, shard_size=shard_size, threads_per_worker=threads_per_worker,
                    max_steps=max_steps)  # fmt: skip
