@@ -5,7 +5,8 @@
 lanczos: 30 iterations with the Hessian of the GPT-2 of `models.py` (P = 3.45 million), in one process; the CPU time
 outside of products beside that within them. memory: Lanczos with 20 vectors of 4 million entries on 1, 2 and 4
 processes, a diagonal operator; the peak of a rank's resident set above that before. workers: Hutchinson's 16 probes
-over 64 examples of the digits' transformer on one and on two Ray actors of one thread, which are up and have loaded the model; medians.
+over 64 examples of the digits' transformer on one and on two Ray actors of one thread, which are up
+and have loaded the model; medians.
 """
 
 from __future__ import annotations
