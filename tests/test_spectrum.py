@@ -431,6 +431,13 @@ def test_more_than_there_is(settings: dict, workers: int, message: str, undistur
         check_sizes(dataclasses.replace(plan, **settings), workers)
 
 
+def test_a_trace_has_the_digits_of_its_parts(undisturbed: gs.Spectrum) -> None:
+    """In double precision, all the way from the products."""
+    parts = [json.loads(path.read_text()) for path in Path(undisturbed.path).glob("parts/**/trace-*.json")]
+    total = math.fsum(number for part in parts for row in part["sums"] for number in row)
+    assert value(undisturbed, "trace")[0] == pytest.approx(total / (EXAMPLES * 16), rel=1e-14)
+
+
 def test_more_examples_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(gs.GradscaleError, match="examples must be from 1 to the 24 of the dataset, got 25"):
         gs.spectrum(Regression(), str(tmp_path / "run"), top=0, workers=1, examples=25)

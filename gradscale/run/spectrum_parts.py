@@ -60,6 +60,7 @@ class SpectrumParts:
     on_progress: Callable[[SpectrumProgress], None] | None
     began: float = field(default_factory=time.monotonic)
     products: int = 0  # of the step's trace that are there
+    units: dict[tuple[int, str], torch.Tensor] = field(default_factory=dict)  # those of traces that have been read
 
     def choose(self, actors: Pool | Gang, step: int) -> None:
         """The way of products: a part of the run, so that a resumed one takes the same."""
@@ -149,13 +150,18 @@ class SpectrumParts:
             units = self.plan.units(step, *block)
             if not all(unit.name in there for unit in units):
                 break
-            columns = [torch.tensor(self.parts.read(step, unit.name)["sums"]) for unit in units]
-            blocks.append(torch.stack([column.double() for column in columns], dim=2))
+            blocks.append(torch.stack([self._of_unit(step, unit.name) for unit in units], dim=2))
             counts = torch.tensor([float(len(unit.ids)) for unit in units], dtype=torch.float64)
             found = TraceSums(torch.cat(blocks), counts)
             if enough(found, asked):
                 break
         return found
+
+    def _of_unit(self, step: int, name: str) -> torch.Tensor:
+        """[k, L] float64: the sums of a unit that is there. Read once."""
+        if (step, name) not in self.units:
+            self.units[step, name] = torch.tensor(self.parts.read(step, name)["sums"], dtype=torch.float64)
+        return self.units[step, name]
 
     def _keep(self, result: tuple[TraceUnit, list[Any]]) -> None:
         unit, sums = result
