@@ -14,10 +14,11 @@ import torch
 from krylov_problems import GOLDEN, Drawn, Spoilt, dense, rotated
 from torch import Tensor
 
+from gradscale.curvature.krylov import Plan, advanced, begun
 from gradscale.curvature.lanczos import LanczosState, Ritz, lanczos
 from gradscale.curvature.operator import DenseOperator, dots, norms
 from gradscale.curvature.probes import FlatProbes
-from gradscale.curvature.ritz import error_bounds, ranked
+from gradscale.curvature.ritz import Goal, error_bounds, ranked
 from gradscale.errors import GradscaleError
 
 TAIL = torch.linspace(1, 0.01, 197).tolist()
@@ -267,6 +268,26 @@ def test_noise_is_seen_and_stands_in_the_errors() -> None:
     assert 1e-4 < found.noise < 30e-4
     assert found.complete
     assert (np.abs(found.values.numpy() - GOLDEN[:3]) <= found.errors.numpy()).all()
+
+
+def test_the_basis_is_orthonormal_whatever_the_operator() -> None:
+    """With one far from symmetric the recurrence takes off next to nothing; 50 steps without a restart."""
+    matrix = rotated([30.0, *TAIL])
+    off = torch.randn(matrix.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).triu(1)
+    off *= 30 / torch.linalg.matrix_norm(off, 2)
+
+    class Lopsided(DenseOperator):
+        def products(self, vectors: Tensor) -> Tensor:
+            return vectors @ (matrix + off)
+
+    operator = Lopsided(matrix)
+    plan = Plan(Goal(3, "largest", 1e-12), 60, 0)
+    storage = torch.empty(60, len(matrix), dtype=torch.float64)
+    state = begun(operator, storage, start(operator), plan)
+    for _ in range(50):
+        state = advanced(operator, storage, state, plan)
+    assert state.noise > 5
+    assert (state.basis @ state.basis.mT - torch.eye(51)).abs().max() <= 2e-14
 
 
 def test_error_bounds_by_hand() -> None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from gradscale.curvature.operator import Operator
 from gradscale.curvature.probes import FlatProbes
 from gradscale.curvature.ritz import Goal, kept_at_restart, ritz_pairs
-from gradscale.curvature.slices import combine, orthonormalize, sweep
+from gradscale.curvature.slices import Swept, combine, orthonormalize, sweep, trim
 from gradscale.errors import GradscaleError
 
+_SMALL = 1e-3  # of a vector's length: overlaps that leave no more than rounding when they have been taken off
 _ROUNDING = 10  # times the rounding unit and the operator's norm: the level at which a residual is none
 
 
@@ -89,17 +90,21 @@ def advanced(operator: Operator, storage: Tensor, state: LanczosState, plan: Pla
     """
     n = len(state.projected)
     j, basis = n - state.pending, storage[:n]
-    product = _product(operator, basis[j:], state.step)
-    first = sweep(operator, basis, product)
-    _check_finite(first.gram, state.step)
-    second = sweep(operator, basis, product, first.overlaps)
-    last = sweep(operator, basis, product, second.overlaps)
-    found = first.overlaps + second.overlaps  # [n, b]: Q A of the pending vectors
+    product = storage[n : n + state.pending] if n + state.pending <= plan.cap else torch.empty_like(basis[j:])
+    product.copy_(_product(operator, basis[j:], state.step))
+    whole = sweep(operator, basis[j:], product)
+    _check_finite(whole.gram, state.step)
+    recurrence = torch.cat([state.projected[:j, j:], whole.overlaps])
+    near = _first_coupled(state)
+    sweep(operator, basis[near:], product, recurrence[near:])
+    rest = sweep(operator, basis, product)
+    last = (trim if _are_small(rest) else sweep)(operator, basis, product, rest.overlaps)
+    found = recurrence + rest.overlaps + last.overlaps  # [n, b]: Q A of the pending vectors
     off = (found[:j] - state.projected[:j, j:]).norm(dim=0)
     own = found[j:]
     projected = state.projected.clone()
     projected[j:, j:] = (own + own.mT) / 2
-    scale = max(state.scale, math.sqrt(float(first.gram.diagonal().max())))
+    scale = max(state.scale, math.sqrt(float(whole.gram.diagonal().max())))
     noise = max(state.noise, float(off.max()), float((own - own.mT).abs().max()) / 2)
     floor = _ROUNDING * torch.finfo(product.dtype).eps * scale
     made = orthonormalize(operator, basis, product, last, floor)
@@ -112,6 +117,19 @@ def advanced(operator: Operator, storage: Tensor, state: LanczosState, plan: Pla
     )
     coupling = torch.cat([made.coefficients.new_zeros(j, made.coefficients.shape[1]), made.coefficients])
     return _appended(operator, storage, done, product, coupling, plan)
+
+
+def _first_coupled(state: LanczosState) -> int:
+    """The first row of the basis that T couples to the pending vectors; those themselves if there is none."""
+    j = len(state.projected) - state.pending
+    coupled = state.projected[:j, j:].any(dim=1).nonzero()
+    return int(coupled[0]) if len(coupled) else j
+
+
+def _are_small(found: Swept) -> bool:
+    """Whether no direction in the span of the vectors has overlaps that must be read again when taken off."""
+    shortest = float(torch.linalg.eigvalsh(found.gram)[0])
+    return shortest > 0 and float(found.overlaps.abs().max()) <= _SMALL * math.sqrt(shortest)
 
 
 def _appended(
@@ -171,17 +189,14 @@ def _draw(operator: Operator, storage: Tensor, place: int, fresh: int, plan: Pla
 
 
 def _product(operator: Operator, vectors: Tensor, step: int) -> Tensor:
-    """A copy of the products, to be changed in place.
-
-    Raises: GradscaleError if they are of another shape or type.
-    """
+    """Raises: GradscaleError if they are of another shape or type."""
     found = operator.products(vectors)
     if found.shape != vectors.shape or found.dtype != vectors.dtype:
         raise GradscaleError(
             f"product {step} must have the vectors' shape {tuple(vectors.shape)} and type {vectors.dtype}, got "
             f"{tuple(found.shape)} and {found.dtype}; see Operator.products"
         )
-    return found.clone()
+    return found
 
 
 def _check_finite(gram: Tensor, step: int) -> None:

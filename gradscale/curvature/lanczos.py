@@ -1,9 +1,10 @@
 """Eigenvalues at the ends of a spectrum by Lanczos, on vectors cut into slices: one process and a gang alike.
 
-Every vector is orthogonalized twice against all that are held, in three sweeps over the basis with one sum over
-processes each. The basis is then orthonormal to rounding, and by Cauchy's interlacing no list of Ritz values has a
-value more often than the operator has eigenvalues there: ghosts cannot come up. A cap on the basis is kept by thick
-restarts. What there is of T is `LanczosState.projected`, whatever the restarts and blocks have made of its shape.
+Every product is orthogonalized twice: by the recurrence, then against all that are held, in two sweeps over the basis,
+and again where that took more than a thousandth off. The basis is then orthonormal to rounding, and by Cauchy's
+interlacing no list of Ritz values has a value more often than the operator has eigenvalues there: ghosts cannot come
+up. A cap on the basis is kept by thick restarts. What there is of T is `LanczosState.projected`, whatever the restarts
+and blocks have made of its shape.
 
 Shapes: p entries here, j vectors multiplied so far, b to be multiplied next, k values wanted.
 """
@@ -68,8 +69,8 @@ def lanczos(
     Almost every start: one orthogonal to an eigenvector will not show it, unless its space is exhausted.
 
     `basis_cap` is the number of vectors held, by default 20 or 2 top + 2 b + 2 if that is more, and is reached before
-    the first restart. Memory: that times p numbers of the start's type, k p of the answer, and b p. Costs: 3 readings
-    of the basis a step, and with N processes three sums of (j + b) b numbers. All processes take the same decisions
+    the first restart. Memory: that times p numbers of the start's type, k p of the answer, and b p. Costs: 2 readings
+    of the basis a step, and with N processes four sums of (j + b) b numbers. All processes take the same decisions
     from the same sums, with the same eigensolver: the machines should be alike.
 
     Raises: GradscaleError if top is less than 1 or more than P, the start is zero, not finite or no slice of a vector,
