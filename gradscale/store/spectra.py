@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gradscale.curvature.density import Density, Quadrature, density, trace_of_function
 from gradscale.curvature.trace import TraceEstimate
@@ -24,6 +22,7 @@ from gradscale.errors import GradscaleError
 from gradscale.store import schema
 from gradscale.store.files import Files
 from gradscale.store.folder import estimates_of, name_of, plan_of, read_table, steps_of
+from gradscale.store.parquet import encode_rows
 from gradscale.store.store import ESTIMATES
 
 if TYPE_CHECKING:
@@ -60,15 +59,7 @@ def write_spectra(files: Files, rows: Sequence[SpectrumRow]) -> None:
     """
     order = sorted(rows, key=lambda row: (row.step, row.kind, -1 if row.probe is None else row.probe, row.index))
     _check_rows(order)
-    kind = schema.spectra()
-    columns = list(zip(*order, strict=True)) or [()] * len(kind)
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, kind, strict=True)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        pa.Table.from_arrays(arrays, schema=kind), sink, compression="zstd", use_dictionary=["operator", "kind"],
-        write_page_checksum=True,
-    )  # fmt: skip
-    files.write(SPECTRA, sink.getvalue())
+    files.write(SPECTRA, encode_rows(order, schema.spectra()))
 
 
 @dataclass(frozen=True)

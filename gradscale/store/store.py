@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import safetensors
 import safetensors.torch
 import xxhash
@@ -22,10 +21,10 @@ from torch import Tensor
 from gradscale.errors import GradscaleError
 from gradscale.store import schema
 from gradscale.store.files import Files
+from gradscale.store.parquet import ROW_GROUP, encode_rows, encode_table
 
 PLAN = "run.json"
 ESTIMATES = "estimates.parquet"
-_ROW_GROUP = 8192  # rows
 _ROW_GROUP_BYTES = 16 << 20  # of sketches: 1024 of 4096 float32
 
 
@@ -63,14 +62,13 @@ class Store:
         scheme: Mapping[str, object] | None,
     ) -> list[StoredFile]:
         """Write the files of one shard, without its commit record; `states` is measure key -> flat tensors."""
-        written = [
-            self._write(file_name("rows", step, shard, "parquet"), _parquet(_rows(step, shard, columns, parameters)))
-        ]
+        rows = encode_table(_rows(step, shard, columns, parameters))
+        written = [self._write(file_name("rows", step, shard, "parquet"), rows)]
         if columns.sketch is not None:
             assert scheme is not None
             table = _sketches(step, columns, scheme)
-            row_group = max(1, min(_ROW_GROUP, _ROW_GROUP_BYTES // columns.sketch[:1].nbytes))
-            written.append(self._write(file_name("sketches", step, shard, "parquet"), _parquet(table, row_group)))
+            row_group = max(1, min(ROW_GROUP, _ROW_GROUP_BYTES // columns.sketch[:1].nbytes))
+            written.append(self._write(file_name("sketches", step, shard, "parquet"), encode_table(table, row_group)))
         written.append(self._write(file_name("states", step, shard, "safetensors"), encode_states(states)))
         return written
 
@@ -119,10 +117,7 @@ class Store:
 
     def write_estimates(self, rows: Iterable[tuple[Any, ...]]) -> None:
         """Write estimates.parquet: one tuple a row, in the order of the schema's fields."""
-        kind = schema.estimates()
-        columns = list(zip(*rows, strict=True)) or [()] * len(kind)
-        arrays = [pa.array(column, type=field.type) for column, field in zip(columns, kind, strict=True)]
-        self.files.write(ESTIMATES, _parquet(pa.Table.from_arrays(arrays, schema=kind)))
+        self.files.write(ESTIMATES, encode_rows(rows, schema.estimates()))
 
     def _write(self, name: str, content: bytes | pa.Buffer) -> StoredFile:
         return StoredFile(name, self.files.write(name, content), xxhash.xxh3_64_hexdigest(content))
@@ -187,16 +182,6 @@ def _sketches(step: int, columns: ShardColumns, scheme: Mapping[str, object]) ->
 
 def _fixed_size_list(matrix: Tensor) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1).numpy()), matrix.shape[1])
-
-
-def _parquet(table: pa.Table, row_group: int = _ROW_GROUP) -> pa.Buffer:
-    """zstd, page checksums, and a dictionary only for strings: float columns do not repeat."""
-    text = [field.name for field in table.schema if pa.types.is_string(field.type)]
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table, sink, compression="zstd", use_dictionary=text, row_group_size=row_group, write_page_checksum=True
-    )
-    return sink.getvalue()
 
 
 def file_name(folder: str, step: int, shard: int, extension: str) -> str:
