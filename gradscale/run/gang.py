@@ -83,19 +83,16 @@ class Gang:
         The others do the items of an actor that dies; once none is left, a new gang does.
         Raises: as `Pool.map`; GradscaleError if gangs are lost again and again without a result.
         """
-        left, failures, losses = dict(enumerate(items)), list[Failure](), 0
+        left, failures, losses = items, list[Failure](), 0
 
-        def keep(numbered: tuple[int, Any]) -> None:
+        def keep(result: Any) -> None:
             nonlocal losses
-            number, result = numbered
             losses = 0
-            del left[number]
             on_result(result)
 
         while left:
             self._start_surely()
-            calls = [(_numbered, number, method, item) for number, item in left.items()]
-            dispatch = Dispatch(list(self._actors), "__ray_call__", calls, self._microbatch)
+            dispatch = Dispatch(list(self._actors), method, left, self._microbatch)
             try:
                 dispatch.run(keep)
             except GradscaleError as error:
@@ -108,7 +105,8 @@ class Gang:
             finally:
                 if len(dispatch.actors) < self._workers:
                     self._end()  # the next call starts a whole gang
-            failures += [failure._replace(item=left.pop(failure.item[1])) for failure in dispatch.failures]
+            left = dispatch.unfinished
+            failures += dispatch.failures
         return failures
 
     def pids(self) -> list[int]:
@@ -255,11 +253,6 @@ def _not_outlived(what: str, error: Exception) -> GradscaleError:
         f"a gang must outlive {what}, got {_LOSSES} of which a process died, perhaps killed for memory "
         f"({short(error)}); take more workers, a smaller --basis-cap or --microbatch"
     )
-
-
-def _numbered(worker: Any, number: int, method: str, item: tuple[Any, ...]) -> tuple[int, Any]:
-    """The result of an item, with its number."""
-    return number, getattr(worker, method)(*item)
 
 
 def _meeting_place(_: Any) -> tuple[str, int]:

@@ -108,6 +108,12 @@ class Dispatch:
         self._raised: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
 
+    @property
+    def unfinished(self) -> list[tuple[Any, ...]]:
+        """The items that have neither a result nor been given up, of a run that has been interrupted too."""
+        running = [index for _, index in self._running.values()]
+        return [self._items[index] for index in sorted([*self._waiting, *running])]
+
     def run(self, on_result: Callable[[Any], None]) -> None:
         import ray
 
