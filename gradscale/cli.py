@@ -12,7 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradscale.cli_options import options_of, task_of
+from gradscale.cli_options import (
+    AddressOption,
+    CheckpointsOption,
+    DataOption,
+    GpusOption,
+    MicrobatchOption,
+    ModelOption,
+    TaskOption,
+    TaskOptionsOption,
+    ThreadsOption,
+    options_of,
+    task_of,
+)
 from gradscale.cli_spectrum import EXAMPLE, spectrum
 from gradscale.errors import GradscaleError, ShardsFailed
 
@@ -31,15 +43,11 @@ app = typer.Typer(
     epilog="Example: gradscale measure --task digits --out runs/a --checkpoint runs/checkpoints-real --workers 2"
 )
 def measure(
-    task: Annotated[str, typer.Option(help="A ready task (see `gradscale tasks`) or module:attribute.")],
+    task: TaskOption,
     out: Annotated[str, typer.Option(help="The run directory: a new folder or URI, or a run to resume.")],
-    data: Annotated[str | None, typer.Option(help="The task's data: files, a folder or a glob; or a name.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A transformers model folder, or a config for random weights.")
-    ] = None,
-    checkpoint: Annotated[
-        list[str] | None, typer.Option(help="A checkpoint, a glob, or a folder of checkpoints; may be repeated.")
-    ] = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    checkpoint: CheckpointsOption = None,
     measures: Annotated[
         str,
         typer.Option(
@@ -47,10 +55,10 @@ def measure(
         ),
     ] = "coherence,dispersion,gaussian_width",
     workers: Annotated[int, typer.Option(help="Ray actors.")] = 2,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each worker; 0 measures on the CPU.")] = 0,
-    threads_per_worker: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
+    gpus_per_worker: GpusOption = 0,
+    threads_per_worker: ThreadsOption = 1,
     shard_size: Annotated[int, typer.Option(help="Examples of one shard: the unit of commitment and retry.")] = 256,
-    microbatch: Annotated[int, typer.Option(help="Examples of one forward and backward pass.")] = 32,
+    microbatch: MicrobatchOption = 32,
     sketch: Annotated[str | None, typer.Option(help="Store a sketch of every gradient: NAME:K or identity.")] = None,
     sketch_dtype: Annotated[str, typer.Option(help="What sketches are stored in: float32 or float16.")] = "float32",
     probe_products: Annotated[
@@ -61,10 +69,8 @@ def measure(
         list[str] | None, typer.Option(help="A parameter, by name, that is not to be measured; may be repeated.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the sketch.")] = 0,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; the default starts one here.")] = None,
-    task_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, passed to the task; may be repeated.")
-    ] = None,
+    address: AddressOption = None,
+    task_option: TaskOptionsOption = None,
 ) -> None:
     """Measure the per-example gradients of a task at every checkpoint. A run that exists is resumed."""
     from gradscale.measures.settings import parse_measures

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from gradscale.errors import GradscaleError
 
 if TYPE_CHECKING:
     from gradscale.task import Task
+
+TaskOption = Annotated[str, typer.Option(help="A ready task (see `gradscale tasks`) or module:attribute.")]
+DataOption = Annotated[str | None, typer.Option(help="The task's data: files, a folder or a glob; or a name.")]
+ModelOption = Annotated[str | None, typer.Option(help="A transformers model folder, or a config for random weights.")]
+CheckpointsOption = Annotated[
+    list[str] | None, typer.Option(help="A checkpoint, a glob, or a folder of checkpoints; may be repeated.")
+]
+GpusOption = Annotated[float, typer.Option(help="GPUs of each worker; 0 measures on the CPU.")]
+ThreadsOption = Annotated[int, typer.Option(help="CPU threads of each worker.")]
+MicrobatchOption = Annotated[int, typer.Option(help="Examples of one forward and backward pass.")]
+AddressOption = Annotated[str | None, typer.Option(help="A running Ray cluster; the default starts one here.")]
+TaskOptionsOption = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, passed to the task; may be repeated.")]
 
 
 def task_of(task: str, data: str | None, model: str | None, task_option: list[str] | None) -> Task:

@@ -6,7 +6,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gradscale.cli_options import options_of
+from gradscale.cli_options import (
+    AddressOption,
+    CheckpointsOption,
+    DataOption,
+    GpusOption,
+    MicrobatchOption,
+    ModelOption,
+    TaskOption,
+    TaskOptionsOption,
+    ThreadsOption,
+    options_of,
+)
 from gradscale.errors import GradscaleError
 
 if TYPE_CHECKING:
@@ -16,15 +27,11 @@ EXAMPLE = "Example: gradscale spectrum --task digits --out runs/s --top 5 --trac
 
 
 def spectrum(
-    task: Annotated[str, typer.Option(help="A ready task (see `gradscale tasks`) or module:attribute.")],
+    task: TaskOption,
     out: Annotated[str, typer.Option(help="The run directory: a new folder or URI, or a spectrum run to resume.")],
-    data: Annotated[str | None, typer.Option(help="The task's data: files, a folder or a glob; or a name.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A transformers model folder, or a config for random weights.")
-    ] = None,
-    checkpoint: Annotated[
-        list[str] | None, typer.Option(help="A checkpoint, a glob, or a folder of checkpoints; may be repeated.")
-    ] = None,
+    data: DataOption = None,
+    model: ModelOption = None,
+    checkpoint: CheckpointsOption = None,
     operator: Annotated[
         str, typer.Option(help="hessian of the mean loss, its Gauss-Newton part ggn, or the gradients' covariance.")
     ] = "hessian",
@@ -68,18 +75,16 @@ def spectrum(
     ] = "auto",
     examples: Annotated[int | None, typer.Option(help="Only the first so many of the dataset.")] = None,
     workers: Annotated[int, typer.Option(help="Processes; each holds its part of every vector.")] = 2,
-    gpus_per_worker: Annotated[float, typer.Option(help="GPUs of each worker; 0 measures on the CPU.")] = 0,
-    threads_per_worker: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
-    microbatch: Annotated[int, typer.Option(help="Examples of one forward and backward pass.")] = 32,
+    gpus_per_worker: GpusOption = 0,
+    threads_per_worker: ThreadsOption = 1,
+    microbatch: MicrobatchOption = 32,
     shard_size: Annotated[int, typer.Option(help="Examples of one unit of the trace.")] = 256,
     params: Annotated[str | None, typer.Option(help="Only parameters whose name matches this regex: a block.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="A parameter that is left out; may be repeated.")] = None,
     seed: Annotated[int, typer.Option(help="Of the probes.")] = 0,
     commit_seconds: Annotated[float, typer.Option(help="Between commits of Lanczos.")] = 60.0,
-    address: Annotated[str | None, typer.Option(help="A running Ray cluster; the default starts one here.")] = None,
-    task_option: Annotated[
-        list[str] | None, typer.Option(help="NAME=VALUE, passed to the task; may be repeated.")
-    ] = None,
+    address: AddressOption = None,
+    task_option: TaskOptionsOption = None,
 ) -> None:
     """Eigenvalues, traces and spectral density of curvature at every checkpoint. A run that exists is resumed."""
     from gradscale.report.progress import shown_spectrum_progress
