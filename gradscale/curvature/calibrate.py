@@ -69,9 +69,13 @@ def best(ladder: Sequence[float], changes: Sequence[float]) -> Step:
     The error at eps_j is the larger of the next coarser change over 15 (T), the next finer one over 4 (R), and that
     after it over 16 (R, of which a single scalar may show little by chance).
     """
-    errors = [max(changes[j - 1] / 15, changes[j] / 4, changes[j + 1] / 16) for j in range(1, len(changes) - 1)]
-    least = min(range(len(errors)), key=errors.__getitem__)
-    return Step(ladder[least + 1], errors[least])
+    least = min(range(1, len(changes) - 1), key=lambda j: error_at(changes, j))
+    return Step(ladder[least], error_at(changes, least))
+
+
+def error_at(changes: Sequence[float], j: int) -> float:
+    """Of the step j of J, neither the first nor one of the last two; see `best`."""
+    return max(changes[j - 1] / 15, changes[j] / 4, changes[j + 1] / 16)
 
 
 class CurvatureAlong(NamedTuple):

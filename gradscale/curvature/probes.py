@@ -33,6 +33,12 @@ class Probes(Protocol):
         ...
 
 
+def check_kind(kind: str) -> None:
+    """Raises: GradscaleError if it is neither gaussian nor rademacher."""
+    if kind not in KINDS:
+        raise GradscaleError(f"kind of probes must be one of {', '.join(KINDS)}, got {kind}; gaussian is usual")
+
+
 @dataclass(frozen=True)
 class FlatProbes:
     """Entry i of probe j is keyed by (seed, j) and counted by i, the position in the whole vector.
@@ -47,10 +53,7 @@ class FlatProbes:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise GradscaleError(
-                f"kind of probes must be one of {', '.join(KINDS)}, got {self.kind}; gaussian is usual"
-            )
+        check_kind(self.kind)
 
     def __call__(self, ids: range) -> Tensor:
         made = torch.empty(len(ids), len(self.here), dtype=self.dtype, device=self.device)

@@ -136,8 +136,8 @@ class Curvature:
         square, error = mean_and_error(between)
         rows = {
             "frobenius_sq": (square, error, SQUARED),
-            "frobenius": (*_root(square, error), UNIT),
-            "frobenius_sample": (*_root(*mean_and_error(whole)), UNIT),
+            "frobenius": (*root_and_error(square, error), UNIT),
+            "frobenius_sample": (*root_and_error(*mean_and_error(whole)), UNIT),
         }
         if self.probes == "gaussian":
             rows["ellipsoid"] = (*mean_and_error(between.clamp(min=0).sqrt()), UNIT)
@@ -150,13 +150,13 @@ class Curvature:
         }
 
 
-class TraceEstimate(NamedTuple):
+class Traced(NamedTuple):
     value: float
     over_both: float  # standard error for examples and probes as samples; NaN of one block or one probe
     over_probes: float  # for the examples measured; NaN of one probe
 
 
-def trace_of(sums: Sequence[Tensor], counts: Tensor) -> TraceEstimate:
+def trace_of(sums: Sequence[Tensor], counts: Tensor) -> Traced:
     """From every block's exact sums [N, D] of sum_i v_j^T H_i v_j, and its number of examples [J].
 
     With A the variance over probes of their means over examples, by N; B the jackknife's of the mean over probes; C the
@@ -166,12 +166,12 @@ def trace_of(sums: Sequence[Tensor], counts: Tensor) -> TraceEstimate:
     """
     n = counts.sum()
     if not len(counts):
-        return TraceEstimate(math.nan, math.nan, math.nan)
+        return Traced(math.nan, math.nan, math.nan)
     by_probe = value_of(reduce(add_totals, sums))
     value = float(by_probe.mean() / n)
     N = len(by_probe)
     if N < 2:
-        return TraceEstimate(value, math.nan, math.nan)
+        return Traced(value, math.nan, math.nan)
     over_probes = float(by_probe.var()) / N / float(n) ** 2
     by_block = torch.stack([value_of(total) for total in sums])  # [J, N]
     rest, taken = by_probe - by_block, counts[:, None].expand(-1, N + 1)
@@ -180,7 +180,7 @@ def trace_of(sums: Sequence[Tensor], counts: Tensor) -> TraceEstimate:
     squares = jackknife_errors(full, [(left_out, taken)], n.expand(N + 1)).square()
     mean, each = float(squares[-1]), float(squares[:-1].mean())
     shared = min(max((each - mean) / (N - 1), 0.0), mean, over_probes) if math.isfinite(mean) else math.nan
-    return TraceEstimate(value, math.sqrt(over_probes + mean - shared), math.sqrt(over_probes))
+    return Traced(value, math.sqrt(over_probes + mean - shared), math.sqrt(over_probes))
 
 
 def half_products(state: CurvatureState, num_probes: int) -> Tensor:
@@ -199,6 +199,6 @@ def _total(state: CurvatureState, block: str, names: Sequence[str]) -> Tensor:
     return reduce(add_totals, [state.totals[f"{block}{SEPARATOR}{name}"] for name in names])
 
 
-def _root(square: float, error: float) -> tuple[float, float]:
+def root_and_error(square: float, error: float) -> tuple[float, float]:
     """sqrt and its error to first order; NaN where there is none."""
     return (math.sqrt(square), error / (2 * math.sqrt(square))) if square > 0 else (math.nan, math.nan)

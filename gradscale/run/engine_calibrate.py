@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradscale.curvature.calibrate import best
+from gradscale.curvature.calibrate import best, error_at
 from gradscale.curvature.processes import all_summed
 from gradscale.run.engine_losses import Share
 
@@ -59,9 +59,9 @@ def differences(weights: Weights, share: Share, vector: Tensor, eps: float, shif
 def calibrated(weights: Weights, share: Share, random: Tensor) -> dict[str, Found]:
     """For every quantity the step with the least error, along the first of `random` [k, p], the gradient, a sharp one.
 
-    As `calibrate` of one process, but that the step for `lambda_max` is also tried along the gradient after some steps
-    of power iteration: near the top eigenvector the third derivative, and so the error, can be much larger than along
-    the gradient. Heuristic. Cost: 6 J forward and backward passes of `share`, and a few.
+    As `calibrate` of one process, but the sharp direction is that of four steps of power iteration, and the error for
+    `lambda_max` that of the scalars along it and the gradient. Heuristic. Cost: 6 J forward and backward passes of
+    `share`, and a few.
     """
     random = random[0].double()
     coarse = torch.finfo(weights.dtype).eps
@@ -81,14 +81,9 @@ def calibrated(weights: Weights, share: Share, random: Tensor) -> dict[str, Foun
     trace = best(ladder, [change.scalar for change in along_random])
     steps = {"vector": step, "lambda_max": best(ladder, top), "trace": trace}
     return {
-        quantity: Found(each.eps, each.error, _error(vector, ladder.index(each.eps)))
+        quantity: Found(each.eps, each.error, error_at(vector, ladder.index(each.eps)))
         for quantity, each in steps.items()
     }
-
-
-def _error(changes: Sequence[float], j: int) -> float:
-    """Of the step j, as in `best`."""
-    return max(changes[j - 1] / 15, changes[j] / 4, changes[j + 1] / 16)
 
 
 def _unit(vector: Tensor) -> Tensor:

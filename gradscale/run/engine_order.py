@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from gradscale.curvature.layout import Layout, Part, gaussian, rademacher
-from gradscale.curvature.probes import KINDS
+from gradscale.curvature.probes import check_kind
 from gradscale.curvature.processes import slice_of
 from gradscale.curvature.trace import TraceSamples
-from gradscale.errors import GradscaleError
 
 _MARK = "@rank"
 
@@ -74,10 +73,7 @@ class NamedProbes:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise GradscaleError(
-                f"kind of probes must be one of {', '.join(KINDS)}, got {self.kind}; gaussian is usual"
-            )
+        check_kind(self.kind)
 
     def __call__(self, ids: range) -> Tensor:
         """[k, p]: the entries here of the probes `ids`."""

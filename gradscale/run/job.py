@@ -27,10 +27,9 @@ from gradscale.measures.measure import Measure, statistic_of
 from gradscale.measures.settings import check_measures, json_values, plain_fields, settings_of
 from gradscale.run.cluster import Resources, ray_session
 from gradscale.run.notices import covered, one_block, underflow
-from gradscale.run.plan import Plan, check_positive, differences
+from gradscale.run.plan import Plan, Written, check_positive, differences
 from gradscale.run.pool import Failure, Pool
 from gradscale.run.probe_products import check_probe_products
-from gradscale.run.spectrum_plan import SpectrumPlan
 from gradscale.run.worker import Description, Job
 from gradscale.sketches import Sketch, parse_sketch
 from gradscale.store.files import Files
@@ -151,7 +150,7 @@ def open_store(out: str) -> Store:
     return Store(files)
 
 
-def adopt(store: Store, plan: Plan | SpectrumPlan, begun: bool) -> None:
+def adopt(store: Store, plan: Written, begun: bool) -> None:
     """Make `plan` the run's, or check that it is the one that the run has.
 
     A plan under which nothing has been committed (not `begun`) may be replaced.

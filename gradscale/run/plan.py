@@ -40,6 +40,9 @@ class Unit:
 class Written(Protocol):
     """A plan of any kind of run."""
 
+    @classmethod
+    def from_json(cls, text: str) -> Written: ...
+
     def to_json(self) -> str: ...
 
 

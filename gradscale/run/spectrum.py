@@ -6,7 +6,6 @@ A run that exists is resumed: the parts that are there are kept, a Lanczos run g
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,9 +32,6 @@ from gradscale.run.spectrum_worker import Described, SpectrumJob, SpectrumWorker
 from gradscale.store.parts import Parts
 from gradscale.store.spectra import Spectrum
 from gradscale.task import Task
-
-_LOG = logging.getLogger("gradscale")
-Asked = Mapping[str, Any] | None
 
 
 def spectrum(

@@ -15,7 +15,7 @@ import torch
 from gradscale.curvature.density import Quadrature, effective_dimension, log_determinant, outliers
 from gradscale.curvature.trace import TraceEstimate, mean_of_samples
 from gradscale.errors import GradscaleError
-from gradscale.measures.curvature import SQUARED, UNIT, trace_of
+from gradscale.measures.curvature import SQUARED, UNIT, Traced, root_and_error, trace_of
 from gradscale.measures.exact_sum import total_of
 from gradscale.run.fold import EstimateRow
 from gradscale.run.spectrum_plan import TOGETHER, SpectrumPlan
@@ -31,16 +31,10 @@ class TraceSums(NamedTuple):
     counts: torch.Tensor  # [S] float64, examples
 
 
-class Traced(NamedTuple):
-    value: float
-    over_both: float  # standard error over examples and probes
-    over_probes: float
-
-
 def traced(found: TraceSums, layer: int | None = None) -> Traced:
     """tr A, or the trace of the diagonal block of parameter `layer`."""
     sums = found.sums.sum(dim=1) if layer is None else found.sums[:, layer]
-    return Traced(*trace_of([total_of(sums[:, shard][None]) for shard in range(sums.shape[1])], found.counts))
+    return trace_of([total_of(sums[:, shard][None]) for shard in range(sums.shape[1])], found.counts)
 
 
 def enough(found: TraceSums, asked: Mapping[str, Any]) -> bool:
@@ -172,21 +166,27 @@ def _deflated(plan: SpectrumPlan, step: int, found: Mapping[str, Any]) -> Estima
 def _norms(plan: SpectrumPlan, step: int, found: Mapping[str, Any]) -> list[EstimateRow]:
     """As the measure `curvature` has them: of the sample, and between two halves without the noise of the data."""
     kind = (plan.norms or {})["probes"]
-    whole = np.asarray(found["whole"])
-    named: dict[str, tuple[TraceEstimate, str]] = {"frobenius_sample": (_root(mean_of_samples(whole)), UNIT)}
+    whole = mean_of_samples(np.asarray(found["whole"]))
+    named: dict[str, tuple[float, float, str]] = {
+        "frobenius_sample": (*root_and_error(whole.value, whole.stderr), UNIT)
+    }
     if kind == "gaussian":
-        named["ellipsoid_sample"] = mean_of_samples(np.sqrt(whole)), UNIT
+        named["ellipsoid_sample"] = _mean_root(found["whole"])
     if found["between"] is not None:
-        between = np.asarray(found["between"])
-        square = mean_of_samples(between)
-        named["frobenius_sq"] = square, SQUARED
-        named["frobenius"] = _root(square), UNIT
+        between = mean_of_samples(np.asarray(found["between"]))
+        named["frobenius_sq"] = between.value, between.stderr, SQUARED
+        named["frobenius"] = *root_and_error(between.value, between.stderr), UNIT
         if kind == "gaussian":
-            named["ellipsoid"] = mean_of_samples(np.sqrt(between.clip(min=0))), UNIT
+            named["ellipsoid"] = _mean_root(found["between"])
     return [
-        _row(plan, step, name, "all", e.value, e.stderr, plan.examples, "estimator", f"halves/{kind}", unit)
-        for name, (e, unit) in named.items()
+        _row(plan, step, name, "all", value, stderr, plan.examples, "estimator", f"halves/{kind}", unit)
+        for name, (value, stderr, unit) in named.items()
     ]
+
+
+def _mean_root(squares: Sequence[float]) -> tuple[float, float, str]:
+    e = mean_of_samples(np.sqrt(np.asarray(squares).clip(min=0)))
+    return e.value, e.stderr, UNIT
 
 
 def _functions(plan: SpectrumPlan, step: int, quadrature: Quadrature) -> list[EstimateRow]:
@@ -208,14 +208,6 @@ def _functions(plan: SpectrumPlan, step: int, quadrature: Quadrature) -> list[Es
             _row(plan, step, name, "all", e.value, e.stderr, plan.examples, e.status, f"slq/{definition}", unit)
         )
     return rows
-
-
-def _root(square: TraceEstimate) -> TraceEstimate:
-    """The square root, its error to first order; NaN where there is none."""
-    if not square.value > 0:
-        return square._replace(value=math.nan, stderr=math.nan)
-    root = math.sqrt(square.value)
-    return square._replace(value=root, stderr=square.stderr / (2 * root))
 
 
 def _row(

@@ -182,8 +182,7 @@ class SpectrumParts:
 
 def needs_gang(top: int, operator: str, trace: Asked, norms: Asked, density: Asked, stability: Asked) -> bool:
     """Whether something is asked for that is not a sum over examples and probes."""
-    by_probes = trace is None or (trace["method"] == Hutchinson.method and operator != "covariance")
-    return bool(top or norms or density or stability or not by_probes)
+    return bool(top or norms or density or stability or not (trace is None or _is_sum(trace, operator)))
 
 
 def _gang_parts(plan: SpectrumPlan, choice: Mapping[str, Any]) -> Iterator[tuple[str, str, tuple[Any, ...]]]:
@@ -192,7 +191,7 @@ def _gang_parts(plan: SpectrumPlan, choice: Mapping[str, Any]) -> Iterator[tuple
         yield "eigenvalues", "eigenvalues", (choice,)
     if plan.trace is not None and plan.operator == "covariance":
         yield "covariance_trace", "covariance_trace", ()
-    elif plan.trace is not None and plan.trace["method"] != Hutchinson.method:
+    elif plan.trace is not None and not _by_probes(plan):
         yield "deflated", "deflated", (choice,)
     if plan.norms is not None:
         yield "norms", "norms", (choice,)
@@ -211,8 +210,11 @@ def _quantities(plan: SpectrumPlan) -> list[str]:
 
 def _by_probes(plan: SpectrumPlan) -> bool:
     """Whether the trace is one of shard jobs."""
-    hutchinson = plan.trace is not None and plan.trace["method"] == Hutchinson.method
-    return hutchinson and plan.operator != "covariance"
+    return plan.trace is not None and _is_sum(plan.trace, plan.operator)
+
+
+def _is_sum(trace: Mapping[str, Any], operator: str) -> bool:
+    return trace["method"] == Hutchinson.method and operator != "covariance"
 
 
 def _products(part: str, max_probes: int) -> int:

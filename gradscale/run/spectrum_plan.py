@@ -254,8 +254,8 @@ def check_settings(
         raise GradscaleError("a spectrum must be asked for something, got nothing; add --top, --trace or --density")
     if frobenius and operator == "covariance":
         raise GradscaleError(
-            "norms must be of hessian or ggn, got operator covariance; `gradscale measure --measures coherence` with "
-            "sketches has the covariance's spectrum and norm"
+            "norms must be of hessian or ggn, got operator covariance; gs.covariance_spectrum of a run with a sketch "
+            "has the covariance's spectrum and norm"
         )
 
 

@@ -87,9 +87,8 @@ class SpectrumWorker:
         stream = self._stream(plan, step)
         with explaining_memory(plan.microbatch):
             if plan.operator == "covariance":
-                tested = self_test(
-                    CovarianceOperator(stream, centred=False)
-                )  # a first microbatch may be of one example
+                # not centred, for a first microbatch may be of one example
+                tested = self_test(CovarianceOperator(stream, centred=False))
                 return {"self_test": tested._asdict(), "ways": {}}
             if plan.operator == "ggn":
                 choice = choose_gauss_newton(stream, plan.seed)
