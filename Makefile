@@ -12,7 +12,7 @@ BENCH_PY := $(CURDIR)/.venv-bench/bin/python
 BENCH_STAMP := .venv-bench/.installed
 THREADS ?= 1
 # Test files side by side: most of a test's time is spent in waiting for processes to start.
-PARALLEL ?= -n 2 --dist loadfile
+PARALLEL ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS = $(THREADS)
