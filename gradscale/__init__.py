@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gradscale.checkpoints import load_state_dict as load_state_dict
+    from gradscale.checkpoints import load_weights as load_weights
     from gradscale.errors import GradscaleError as GradscaleError
     from gradscale.errors import OutOfMemory as OutOfMemory
     from gradscale.errors import ShardsFailed as ShardsFailed
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "load_state_dict": "gradscale.checkpoints",
+    "load_weights": "gradscale.checkpoints",
     "GradscaleError": "gradscale.errors",
     "OutOfMemory": "gradscale.errors",
     "ShardsFailed": "gradscale.errors",

@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from gradscale.deepspeed_weights import is_deepspeed
 from gradscale.errors import GradscaleError
-from gradscale.weights import DEEPSPEED_STATES, PICKLE_SUFFIXES, check_exists, has_weights, load_state_dict
+from gradscale.weights import PICKLE_SUFFIXES, check_exists, has_weights, load_state_dict, load_weights
 
-__all__ = ["Checkpoint", "deepspeed_tags", "fingerprint", "load_state_dict", "resolve"]
+__all__ = ["Checkpoint", "deepspeed_tags", "fingerprint", "load_state_dict", "load_weights", "resolve"]
 
 STEP_FOLDER = re.compile(r"(?:^|step|checkpoint|ckpt|iter|epoch)[-_=]?\d+$")  # a file's step may stand in such a name
+UNIVERSAL = "_universal"  # by custom at the end of the name of what ds_to_universal.py makes of a tag
 EDGE = 1 << 20  # bytes of a file's start and end that its fingerprint covers
 
 
@@ -30,9 +32,9 @@ def resolve(checkpoints: Sequence[str] | Mapping[int, str] | None) -> tuple[Chec
 
     None is the one checkpoint (0, None). A mapping gives step -> path as they are. Each string is a path,
     a glob, or a URI (with `://`, not checked); a folder of DeepSpeed tags or of HF `checkpoint-*` folders
-    stands for all of them. The step is the last number of the name (`global_step100`, `model_100.pt`), or
-    for a file without one, of its folder's name if that is like `step100`; if no name has a number, the
-    position in the list.
+    stands for all of them (a universal checkpoint beside the tag that it was made of is left out). The step is the
+    last number of the name (`global_step100`, `model_100.pt`), or for a file without one, of its folder's name if
+    that is like `step100`; if no name has a number, the position in the list.
 
     Raises: GradscaleError if a path does not exist, some names have a step and others none, or two
     checkpoints have the same step.
@@ -56,7 +58,7 @@ def _matches(name: str) -> list[str]:
     found = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(str(path)))]
     if not found:
         check_exists(name)
-    return [str(checkpoint) for match in found for checkpoint in _expanded(match)]
+    return [str(checkpoint) for match in _originals(found) for checkpoint in _expanded(match)]
 
 
 def _expanded(path: Path) -> list[Path]:
@@ -68,13 +70,24 @@ def _expanded(path: Path) -> list[Path]:
 
 
 def deepspeed_tags(path: Path) -> list[Path]:
-    """The tag folders that DeepSpeed saved in the folder `path`, sorted by name; none for a file."""
-    folders = sorted(p for p in path.iterdir() if p.is_dir()) if path.is_dir() else []
-    return [p for p in folders if re.fullmatch(r"global_step\d+", p.name) or (p / DEEPSPEED_STATES).is_file()]
+    """The tag folders that DeepSpeed saved in the folder `path`, sorted by name; none for a file, or for a tag.
+
+    A universal checkpoint counts if it is not beside the tag that it was made of.
+    """
+    if not path.is_dir() or is_deepspeed(path):
+        return []
+    folders = sorted(p for p in path.iterdir() if p.is_dir())
+    tags = [p for p in folders if re.fullmatch(r"global_step\d+", p.name) or is_deepspeed(p)]
+    return _originals(tags)
+
+
+def _originals(paths: Sequence[Path]) -> list[Path]:
+    """The paths without the universal checkpoints of tags among them."""
+    return [p for p in paths if not (p.name.endswith(UNIVERSAL) and Path(str(p).removesuffix(UNIVERSAL)) in paths)]
 
 
 def _step(name: str) -> int | None:
-    stem = re.sub(r"(\.safetensors|\.pt|\.pth|\.bin|\.ckpt)$", "", name)
+    stem = re.sub(r"(\.safetensors|\.pt|\.pth|\.bin|\.ckpt)$", "", name).removesuffix(UNIVERSAL)
     number = re.search(r"(\d+)$", stem)
     return int(number[1]) if number else None
 

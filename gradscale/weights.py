@@ -1,26 +1,30 @@
 """The weights in a checkpoint, read without executing pickles.
 
-`torch.load(weights_only=True)`, where the classes that DeepSpeed puts beside the weights are replaced by
-inert ones (so DeepSpeed need not be installed), and safetensors. Everything else in a pickle is refused.
+State dicts of `torch.save`, safetensors, Hugging Face's folders, and what DeepSpeed saves (`deepspeed_weights`).
 """
 
 from __future__ import annotations
 
 import json
-import pickle
-import re
-import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gradscale.deepspeed_weights import (
+    DEEPSPEED_STATES,
+    ZERO3_STATES,
+    Dtype,
+    Weights,
+    is_deepspeed,
+    open_deepspeed,
+)
 from gradscale.errors import GradscaleError
+from gradscale.pickles import load_pickle, unreadable
 
-DEEPSPEED_STATES = "mp_rank_00_model_states.pt"
-ZERO3_STATES = "zero_pp_rank_*_model_states.pt"
 HF_WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -29,12 +33,6 @@ HF_WEIGHTS = (
 )
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WRAPPERS = ("module", "model", "state_dict", "model_state_dict")  # {"model": state dict, "optimizer": …}
-DEEPSPEED_CLASSES = (
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-)
 
 
 def check_exists(path: str) -> None:
@@ -51,70 +49,125 @@ def has_weights(path: Path) -> bool:
     return any((path / name).is_file() for name in HF_WEIGHTS)
 
 
-def load_state_dict(path: str) -> dict[str, Tensor]:
+def load_state_dict(path: str, dtype: Dtype = "training") -> dict[str, Tensor]:
     """The weights of the checkpoint at `path`, on the CPU, under the names they were saved with.
 
-    Reads a DeepSpeed tag folder of ZeRO stage 0 to 2 (in the training dtype), a Hugging Face folder, a
-    `.safetensors` file, and a `.pt`, `.pth`, `.bin` or `.ckpt` file that holds a state dict, bare or under
-    `module`, `model`, `state_dict` or `model_state_dict`. Executes nothing that the file holds.
-
-    Raises: GradscaleError if the path is none of these, was saved by ZeRO stage 3 or in several tensor
-    parallel slices, cannot be read, or needs a class other than those of DeepSpeed that are known.
+    Reads what `open_weights` does. Tied parameters are one tensor. Takes the memory of all weights that are put
+    together from parts; others are mapped.
     """
+    weights = open_weights(path, dtype)
+    found = {name: read() for name, read in weights.readers.items()}
+    return found | {name: found[of] for name, of in weights.tied.items()}
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, path: str, dtype: Dtype = "training") -> None:
+    """Copies the checkpoint at `path` into `model`, in the model's dtypes, a weight after another.
+
+    Beyond the model this takes the memory of its largest weight. Of tied parameters one name suffices.
+
+    Raises: GradscaleError as `open_weights` does, or if names are missing or unexpected, or a shape differs.
+    """
+    weights, own = open_weights(path, dtype), model.state_dict(keep_vars=True)
+    given = weights.readers.keys() | weights.tied.keys()
+    filled = {id(own[name]) for name in given if name in own}
+    _refuse(path, "lacks", [name for name, tensor in own.items() if id(tensor) not in filled])
+    _refuse(path, "has besides", [name for name in weights.readers if name not in own])
+    done: dict[int, str] = {}
+    for name, read in weights.readers.items():
+        first = done.setdefault(id(own[name]), name)
+        _copy(path, read(), own[name], name, first)
+
+
+def _copy(path: str, tensor: Tensor, into: Tensor, name: str, first: str) -> None:
+    """Copies, or where the parameter has its values from the name `first`, compares."""
+    _refuse(path, f"has in shape {(*tensor.shape,)}", [name] if tensor.shape != into.shape else [])
+    if first == name:
+        into.copy_(tensor)
+    elif not torch.equal(into, tensor.to(into.device, into.dtype)):
+        _refuse(path, "has in two values, tied in the model,", [first, name])
+
+
+def _refuse(path: str, what: str, names: Sequence[str]) -> None:
+    if names:
+        raise GradscaleError(
+            f"checkpoint {path} must hold exactly the model's weights, got one that {what} "
+            f"{', '.join(names[:4])}; build the model that was trained"
+        )
+
+
+def open_weights(path: str, dtype: Dtype = "training") -> Weights:
+    """The weights of the checkpoint at `path`, each read when it is asked for.
+
+    Reads a DeepSpeed tag folder of any ZeRO stage and world size, a universal checkpoint, or a folder whose `latest`
+    names a tag; a Hugging Face folder; a `.safetensors` file; and a `.pt`, `.pth`, `.bin` or `.ckpt` file that holds
+    a state dict, bare or under `module`, `model`, `state_dict` or `model_state_dict`. Executes nothing that they
+    hold. `dtype` is `training`, or `master` for the float32 masters that DeepSpeed keeps; others have one dtype.
+
+    Raises: GradscaleError if the path is none of these, holds several tensor parallel slices, lacks a file,
+    cannot be read, or needs a class other than those of DeepSpeed that are known.
+    """
+    if dtype not in get_args(Dtype):
+        raise GradscaleError(f"dtype must be training or master, got {dtype}; training is the default")
     if "://" in path:
         raise GradscaleError(f"checkpoint must be a local path to be read, got {path}; download it first")
     check_exists(path)
     root = Path(path).expanduser()
-    if root.is_dir():
-        _refuse_slices(root)
-        found = next((root / name for name in (DEEPSPEED_STATES, *HF_WEIGHTS) if (root / name).is_file()), None)
-        if found is None:
-            raise _no_weights(root)
-        root = found
-    return _load_file(root)
+    if root.is_file():
+        return _open_file(root)
+    if is_deepspeed(root):
+        return open_deepspeed(root, dtype)
+    found = next((root / name for name in HF_WEIGHTS if (root / name).is_file()), None)
+    if found is not None:
+        return _open_file(found)
+    tag = latest_tag(root)
+    if tag is None:
+        raise _no_weights(root)
+    return open_deepspeed(tag, dtype)
 
 
-def _refuse_slices(folder: Path) -> None:
-    if next(folder.glob(ZERO3_STATES), None) is not None:
-        raise _zero3(folder)
-    slices = sorted(p.name for p in folder.glob("mp_rank_*_model_states.pt"))
-    if len(slices) > 1:
+def latest_tag(folder: Path) -> Path | None:
+    """The tag that DeepSpeed's `latest` in `folder` names, or else `latest_universal`; None without these files.
+
+    Raises: GradscaleError if there is no such tag.
+    """
+    file = next((folder / name for name in ("latest", "latest_universal") if (folder / name).is_file()), None)
+    if file is None:
+        return None
+    tag = folder / file.read_text().strip()
+    if not is_deepspeed(tag):
         raise GradscaleError(
-            f"checkpoint {folder} must hold whole weights, got {len(slices)} tensor-parallel slices "
-            f"({', '.join(slices[:3])}); join them with DeepSpeed's ds_to_universal.py or your trainer's exporter"
+            f"checkpoint {folder} must hold the tag that its file {file.name} names, got no {tag.name} with weights; "
+            "copy it there, or name the folder of another tag"
         )
-
-
-def _zero3(path: Path) -> GradscaleError:
-    return GradscaleError(
-        f"checkpoint {path} must hold whole weights, got the partitions of ZeRO stage 3; convert it with "
-        "`python zero_to_fp32.py ROOT OUT --safe_serialization`, the script that DeepSpeed left in its root folder"
-    )
+    return tag
 
 
 def _no_weights(folder: Path) -> GradscaleError:
     there = sorted(p.name for p in folder.iterdir())
     return GradscaleError(
-        f"checkpoint {folder} must be a folder with {DEEPSPEED_STATES} or {', '.join(HF_WEIGHTS)}, "
-        f"got {', '.join(there[:6]) or 'an empty folder'}; name the folder of one checkpoint, or a file of weights"
+        f"checkpoint {folder} must be a folder with {DEEPSPEED_STATES}, {ZERO3_STATES.format(rank=0)} or "
+        f"{', '.join(HF_WEIGHTS)}, got {', '.join(there[:6]) or 'an empty folder'}; name the folder of one checkpoint, "
+        "or a file of weights"
     )
 
 
-def _load_file(file: Path) -> dict[str, Tensor]:
+def _open_file(file: Path) -> Weights:
     if file.name.endswith(".index.json"):
         names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-        return _merged(_load_file(_existing(file.with_name(name), file)) for name in names)
+        parts = [_open_file(_existing(file.with_name(name), file)).readers for name in names]
+        return Weights({name: read for part in parts for name, read in part.items()})
     if file.suffix == ".safetensors":
-        return _load_safetensors(file)
+        return _open_safetensors(file)
     if file.suffix in PICKLE_SUFFIXES:
-        return _state_dict(_load_pickle(file), file)
+        return Weights({name: partial(_itself, t) for name, t in _state_dict(load_pickle(file), file).items()})
     raise GradscaleError(
         f"checkpoint file must end in .safetensors, {', '.join(PICKLE_SUFFIXES)} or .index.json, got {file}; rename it"
     )
 
 
-def _merged(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: tensor for part in parts for name, tensor in part.items()}
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor.detach()
 
 
 def _existing(file: Path, index: Path) -> Path:
@@ -123,47 +176,14 @@ def _existing(file: Path, index: Path) -> Path:
     return file
 
 
-def _load_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _open_safetensors(file: Path) -> Weights:
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file, device="cpu")
+        mapped: Any = safe_open(file, framework="pt", device="cpu")
     except SafetensorError as error:
-        raise _unreadable(file, error) from error
-
-
-def _load_pickle(file: Path) -> object:
-    zipped = zipfile.is_zipfile(file)  # what torch.save has written since 2020; only these can be mapped
-    try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in DEEPSPEED_CLASSES]):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        if refused is None:
-            raise _unreadable(file, error) from error
-        raise GradscaleError(
-            f"checkpoint {file} must hold only tensors and plain values, got an object of {refused[1]}, "
-            "which would run code to be read; save the model's state_dict() alone"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: Path, error: Exception) -> GradscaleError:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return GradscaleError(f"checkpoint {file} must be a whole file of weights, got {reason}; it may be truncated")
-
-
-class _Inert:
-    """Stands in for a class of DeepSpeed: takes any state and does nothing."""
-
-    def __new__(cls, *_: object) -> _Inert:
-        return super().__new__(cls)
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
+        raise unreadable(file, error) from error
+    return Weights({name: partial(mapped.get_tensor, name) for name in mapped.keys()})  # noqa: SIM118
 
 
 def _state_dict(saved: Any, file: Path) -> dict[str, Tensor]:
@@ -173,8 +193,10 @@ def _state_dict(saved: Any, file: Path) -> dict[str, Tensor]:
         wrong = [f"{name}: {type(value).__name__}" for name, value in inner.items() if not isinstance(value, Tensor)]
         if inner and not wrong:
             if any(key in saved for key in ("ds_version", "ds_config")) and not all(t.numel() for t in inner.values()):
-                raise _zero3(file)
-            return {str(name): tensor.detach() for name, tensor in inner.items()}
+                raise GradscaleError(
+                    f"checkpoint {file} must hold whole weights, got one rank's part of them; name its folder"
+                )
+            return {str(name): tensor for name, tensor in inner.items()}
         actual = ", ".join(wrong[:3]) or "an empty mapping"
     else:
         actual = type(saved).__name__

@@ -252,13 +252,44 @@ class TestLoadRefuses:
         with pytest.raises(GradscaleError, match=r"got an object of .*Client, which would run code to be read; save"):
             load_state_dict(str(tmp_path / "w.pt"))
 
-    def test_zero_3(self, tmp_path: Path) -> None:
+    def test_a_file_of_one_rank(self, tmp_path: Path) -> None:
         file = tmp_path / "zero_pp_rank_0_mp_rank_00_model_states.pt"
         torch.save({"module": {"w": torch.zeros(0)}, "ds_version": "0"}, file)
-        with pytest.raises(GradscaleError, match=r"got the partitions of ZeRO stage 3; convert it with .*zero_to_fp32"):
-            load_state_dict(str(tmp_path))
-        with pytest.raises(GradscaleError, match=r"got the partitions of ZeRO stage 3"):
+        with pytest.raises(GradscaleError, match=r"must hold whole weights, got one rank's part of them; name its fol"):
             load_state_dict(str(file))
+
+    @pytest.mark.parametrize(
+        ("name", "saved", "message"),
+        [
+            ("mp_rank_00_model_states.pt", {"module": None}, "weights under module, got NoneType; of a pipeline, save"),
+            ("mp_rank_00_model_states.pt", [1], "weights under module, got NoneType"),
+            ("mp_rank_00_model_states.pt", {"module": {"a": 1}}, "tensors under module, got a: int; leave out the"),
+            (
+                "zero_pp_rank_0_mp_rank_00_model_states.pt",
+                {"module": {}},
+                r"masters .* got no shapes in zero_pp_rank_0",
+            ),
+        ],
+    )
+    def test_model_states_of_another_kind(self, tmp_path: Path, name: str, saved: object, message: str) -> None:
+        torch.save(saved, tmp_path / name)
+        with pytest.raises(GradscaleError, match=message):
+            load_state_dict(str(tmp_path))
+
+    def test_dtype(self, tmp_path: Path) -> None:
+        dtype: Any = "half"
+        with pytest.raises(GradscaleError, match="dtype must be training or master, got half; training is the default"):
+            load_state_dict(str(tmp_path), dtype)
+
+    def test_a_malicious_part_of_a_hugging_face_folder(self, tmp_path: Path) -> None:
+        proof, part = tmp_path / "proof", tmp_path / "part-1.bin"
+        torch.save(WEIGHTS | {"x": Malicious(proof)}, part)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"0.weight": part.name}}))
+        with pytest.raises(
+            GradscaleError, match=r"part-1\.bin must hold only tensors .* got an object of posix\.mkdir"
+        ):
+            load_state_dict(str(tmp_path))
+        assert not proof.exists()
 
     def test_tensor_parallel_slices(self, tmp_path: Path) -> None:
         touch(tmp_path, "mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt")
