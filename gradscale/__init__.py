@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from gradscale.errors import GradscaleError as GradscaleError
     from gradscale.errors import OutOfMemory as OutOfMemory
     from gradscale.errors import ShardsFailed as ShardsFailed
+    from gradscale.interventions.clipping import DynamicClipping as DynamicClipping
+    from gradscale.interventions.gaussian_perturbation import GaussianPerturbation as GaussianPerturbation
+    from gradscale.interventions.hessian_trace import HessianTracePenalty as HessianTracePenalty
+    from gradscale.interventions.label_noise import LabelNoise as LabelNoise
+    from gradscale.interventions.robust_mean import MedianOfMeans as MedianOfMeans
+    from gradscale.interventions.robust_mean import Winsorized as Winsorized
+    from gradscale.interventions.sharpness_aware import SAM as SAM
+    from gradscale.interventions.state import StepState as StepState
     from gradscale.measures.coherence import Coherence as Coherence
     from gradscale.measures.curvature import Curvature as Curvature
     from gradscale.measures.dispersion import Dispersion as Dispersion
@@ -75,6 +83,14 @@ _HOMES = {
     "GradscaleError": "gradscale.errors",
     "OutOfMemory": "gradscale.errors",
     "ShardsFailed": "gradscale.errors",
+    "DynamicClipping": "gradscale.interventions.clipping",
+    "GaussianPerturbation": "gradscale.interventions.gaussian_perturbation",
+    "HessianTracePenalty": "gradscale.interventions.hessian_trace",
+    "LabelNoise": "gradscale.interventions.label_noise",
+    "MedianOfMeans": "gradscale.interventions.robust_mean",
+    "Winsorized": "gradscale.interventions.robust_mean",
+    "SAM": "gradscale.interventions.sharpness_aware",
+    "StepState": "gradscale.interventions.state",
     "Coherence": "gradscale.measures.coherence",
     "Curvature": "gradscale.measures.curvature",
     "Dispersion": "gradscale.measures.dispersion",
