@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from gradscale.measures.stiffness import Stiffness as Stiffness
     from gradscale.measures.tangent_kernel import TangentKernel as TangentKernel
     from gradscale.measures.worst_case import WorstCase as WorstCase
+    from gradscale.run.attach import attach as attach
     from gradscale.run.batch_gradients import batch_coherence as batch_coherence
     from gradscale.run.check_measure import check_measure as check_measure
     from gradscale.run.covariance_spectrum import covariance_spectrum as covariance_spectrum
@@ -109,6 +110,7 @@ _HOMES = {
     "Sharpness": "gradscale.measures.sharpness",
     "TangentKernel": "gradscale.measures.tangent_kernel",
     "WorstCase": "gradscale.measures.worst_case",
+    "attach": "gradscale.run.attach",
     "batch_coherence": "gradscale.run.batch_gradients",
     "covariance_spectrum": "gradscale.run.covariance_spectrum",
     "check_measure": "gradscale.run.check_measure",

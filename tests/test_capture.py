@@ -543,6 +543,18 @@ def test_outputs_may_be_changed_in_place() -> None:
     compare(subject, read(subject), oracle(task, subject), 1e-9, 1e-12)
 
 
+def test_outputs_with_positions_may_be_changed_in_place() -> None:
+    """They are views, whose own node autograd throws away then."""
+
+    def step(net: Net, x: Tensor) -> Tensor:
+        y = net.lin(x[:, None] * torch.tensor([[1.0], [-2.0], [0.5]])).relu_()
+        return net.head(net.inner(y).relu_()).mean(dim=1)
+
+    task = of(lambda: Net(step, inner=nn.Linear(4, 4)), 4)
+    subject = prepare(task, None, None)
+    compare(subject, read(subject), oracle(task, subject), 1e-9, 1e-12)
+
+
 class Table(nn.Module):
     def __init__(self, rows: int) -> None:
         super().__init__()

@@ -124,14 +124,13 @@ def read_gradients(
     Raises: GradscaleError as `capture`.
     """
     asked, totals = frozenset(readings), {} if totals is None else totals
-    device = next(iter(parameters.values())).device
-    classes = _members(asked, labels, device)
-    reader = _Reader(parameters, batch_size, asked, _Sums(parameters, _weights(asked, classes), totals))
+    reader = reader_of(parameters, batch_size, asked, labels, totals)
     values = capture(model, sites, losses, batch_size, reader.read, exclude, doubts)
     finite = values.isfinite() & reader.sq_norms.sum(dim=1).isfinite()
     if exclude is not None:
         finite &= ~exclude
     if passes(asked) > 1:
+        classes = _members(asked, labels, finite.device)
         sums = _Sums(parameters, _weights(asked, classes, _Norms(reader.sq_norms, finite)), totals)
         capture(model, sites, losses, batch_size, sums.read, exclude, doubts)
     return Readings(values.double(), finite, reader.sq_norms, totals, reader.projections)
@@ -162,10 +161,23 @@ def has_norm_above(sq_norms: Tensor, min_norm: float) -> Tensor:
     return total > min_norm**2
 
 
+def reader_of(
+    parameters: Mapping[str, Tensor],
+    batch_size: int,
+    readings: Iterable[Reading],
+    labels: Tensor | None,
+    totals: Totals,
+) -> Reader:
+    """What takes `readings` of one pass; of `parameters` only shapes, types and the device are asked for."""
+    asked = frozenset(readings)
+    classes = _members(asked, labels, next(iter(parameters.values())).device)
+    return Reader(parameters, batch_size, asked, _Sums(parameters, _weights(asked, classes), totals))
+
+
 class _Sums:
     """Adds up weighted gradients of one parameter after another."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], weights: Weights, totals: Totals) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], weights: Weights, totals: Totals) -> None:
         self._weights, self._totals = weights, totals
         for reading, groups in weights.items():
             for group in groups:
@@ -183,11 +195,11 @@ class _Sums:
         read(grads, Request(None, self.of(name, grads.dtype), ()))
 
 
-class _Reader:
+class Reader:
     """Takes the readings of one parameter after another, `sums` among them."""
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], batch_size: int, readings: frozenset[Reading], sums: _Sums
+        self, parameters: Mapping[str, Tensor], batch_size: int, readings: frozenset[Reading], sums: _Sums
     ) -> None:
         device = next(iter(parameters.values())).device
         self._sums = sums
@@ -227,7 +239,7 @@ def _rows(dense: DenseMap, name: str, device: torch.device, start: int, stop: in
     return dense.rows(name, start, stop, device)
 
 
-def _fill(sums: dict[str, Tensor], parameters: Mapping[str, nn.Parameter]) -> None:
+def _fill(sums: dict[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if name not in sums:
             dtype = wide_dtype(parameter.dtype)
