@@ -60,6 +60,12 @@ if TYPE_CHECKING:
     from gradscale.run.stiffness_between import stiffness_between as stiffness_between
     from gradscale.run.stiffness_distance import stiffness_by_distance as stiffness_by_distance
     from gradscale.run.tangent_spectrum import tangent_spectrum as tangent_spectrum
+    from gradscale.run.training_path import gradient_variances as gradient_variances
+    from gradscale.run.training_path import path_length as path_length
+    from gradscale.run.training_path import perturbation_integral as perturbation_integral
+    from gradscale.run.training_path import training_complexity as training_complexity
+    from gradscale.run.training_path import training_path as training_path
+    from gradscale.run.training_path import variance_sum as variance_sum
     from gradscale.run.trajectory import feature_norms as feature_norms
     from gradscale.run.trajectory import path_complexity as path_complexity
     from gradscale.run.trajectory_bounds import rademacher_bound as rademacher_bound
@@ -130,6 +136,12 @@ _HOMES = {
     "stiffness_by_distance": "gradscale.run.stiffness_distance",
     "stiffness_between": "gradscale.run.stiffness_between",
     "tangent_spectrum": "gradscale.run.tangent_spectrum",
+    "gradient_variances": "gradscale.run.training_path",
+    "path_length": "gradscale.run.training_path",
+    "perturbation_integral": "gradscale.run.training_path",
+    "training_complexity": "gradscale.run.training_path",
+    "training_path": "gradscale.run.training_path",
+    "variance_sum": "gradscale.run.training_path",
     "feature_norms": "gradscale.run.trajectory",
     "path_complexity": "gradscale.run.trajectory",
     "rademacher_bound": "gradscale.run.trajectory_bounds",

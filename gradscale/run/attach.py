@@ -10,12 +10,14 @@ from typing import Any
 from gradscale.measures.coherence import Coherence
 from gradscale.measures.dispersion import Dispersion
 from gradscale.measures.measure import Measure
+from gradscale.run.attach_path import recorded
 from gradscale.run.attach_plan import blocks_of
 from gradscale.run.attach_setup import COLUMNS, Boundaries, Inputs, Labels, Losses, Setup, prepared
 from gradscale.run.attach_step import StepReader
 from gradscale.run.attach_store import Keeper
 from gradscale.run.attach_together import rank, together
 from gradscale.run.attach_verify import check_agreement
+from gradscale.run.attach_wrap import replaced
 from gradscale.sketches import Sketch, parse_sketch
 
 _LOG = logging.getLogger("gradscale")
@@ -40,6 +42,7 @@ def attach(
     columns: Sequence[str] = COLUMNS,
     keep_states: bool = False,
     strict: bool = False,
+    path: bool = False,
 ) -> Iterator[Attachment]:
     """Measure every `every`-th optimizer step of a DeepSpeed training, inside the `with`, into the run directory `out`.
 
@@ -71,6 +74,10 @@ def attach(
     returned counts it and the first is logged. With `strict` all ranks raise, after the optimizer's step. Under
     ZeRO-3, parameters of Linear, Conv1D, Embedding and LayerNorm can be measured.
 
+    With `path`, every optimizer step, measured or not, has a row in path.parquet: |w_(t+1) - w_t|, learning rates,
+    loss, time; see `gs.training_path`. It costs a copy of the optimizer's masters here, within engine.step, and a sum
+    of five numbers over ranks.
+
     A run that `out` holds is gone on with: its steps from engine.global_steps on are measured anew.
     Cost of a measured step: as the readings in `measure`, without the passes, and without the sum of gradients, which
     autograd makes anyway; P numbers for each block more in memory, and on the first rank for all blocks; the first
@@ -82,7 +89,7 @@ def attach(
     setup = together(lambda: prepared(engine, *settings, boundaries, columns, sketch_dtype, seed, mapped))
     keeper = together(lambda: Keeper.opened(setup, out, int(engine.global_steps), keep_states))
     attachment = Attachment(setup, keeper, strict)
-    with attachment.hooked():
+    with recorded(setup, keeper.store.files, path, attachment._note, strict), attachment.hooked():
         yield attachment
 
 
@@ -103,7 +110,7 @@ class Attachment:
         engine = self._setup.engine
         if int(engine.micro_steps) % int(engine.gradient_accumulation_steps()) == 0:  # else from the next step on
             self._begin()
-        with _replaced(engine, "backward", self._backward), _replaced(engine, "step", self._step):
+        with replaced(engine, "backward", self._backward), replaced(engine, "step", self._step):
             try:
                 yield
             finally:
@@ -171,17 +178,3 @@ class Attachment:
         if self.failures == 1 and not rank():
             rest = "nothing more is measured" if self._refused else "further failures are counted only"
             _LOG.error("not measured, training goes on, %s: %s", rest, self.problem)
-
-
-@contextmanager
-def _replaced(thing: Any, name: str, made: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
-    """With a method of this object alone in place of its own."""
-    before = vars(thing).get(name)
-    setattr(thing, name, made(getattr(thing, name)))
-    try:
-        yield
-    finally:
-        if before is None:
-            delattr(thing, name)
-        else:
-            setattr(thing, name, before)
