@@ -37,7 +37,10 @@ def training_path(run: Run) -> pd.DataFrame:
 
     `length` is |w_(t+1) - w_t| over the measured parameters, exact; `skipped` steps have 0. NaN is what could not be
     told: that of a step in which reading the weights failed, or a loss that did not go through engine.backward.
+
+    Cost: one small table is read.
     Raises: GradscaleError if the run has none, or the file is damaged.
+    Source: what training did, exact; the step's length is that of Baratin et al. (2021), arXiv 2008.00938, section 4.
     """
     frame: pd.DataFrame = read_path(run.files).to_pandas()
     return frame
@@ -46,7 +49,9 @@ def training_path(run: Run) -> pd.DataFrame:
 def path_length(run: Run) -> Estimate:
     """sum_t |w_(t+1) - w_t| over the steps of the training: exact, status identity; n counts the steps.
 
+    Cost: one small table is read.
     Raises: GradscaleError as `training_path`, or if a step or its length is missing.
+    Source: the length of the path in Baratin et al. (2021), arXiv 2008.00938, section 4, without the features' norms.
     """
     path = _whole(run)
     _check_lengths(run, path)
@@ -60,6 +65,8 @@ def training_complexity(training: Run, checkpoints: Run, interpolation: str = "t
     |Phi| takes passes of its own: `checkpoints` is a run of `gs.measure` with `tangent_kernel` over checkpoints of that
     training, its steps being the training's. As `gs.path_complexity(checkpoints, lengths=gs.training_path(training))`,
     and the parameters are held to be the same. Heuristic.
+
+    Cost: small tables are read.
     Raises: GradscaleError as `gs.path_complexity` and `path_length`, or if the two have measured other parameters.
     Source: Baratin et al. (2021), arXiv 2008.00938, section 4: the heuristic for their bound.
     """
@@ -85,7 +92,9 @@ def gradient_variances(run: Run, group: int | None = None) -> pd.DataFrame:
     training. It is conditional: in later epochs examples have been seen by w_t, and V_t of such batches is another
     number. The V of Wang and Mao, around E g(W) over trainings, has a share across seeds that no single run can tell.
 
-    `stderr`: of tr Sigma by n, the jackknife over ranks; NaN of one rank. `learning_rate`: of all groups, or `group`.
+    `stderr`: of tr Sigma by n, the jackknife over the step's blocks. `learning_rate`: of all groups, or `group`.
+
+    Cost: small tables are read.
     Raises: GradscaleError if the run was not measured with `dispersion`, has no path, or groups of several rates.
     Source: Neu et al. (2021), COLT, theorem 1; Wang and Mao (2021), arXiv 2110.03128.
     """
@@ -131,6 +140,8 @@ def variance_sum(run: Run, interpolation: str = "trapezoid", group: int | None =
     Status estimator where every step is measured, else heuristic. Standard error: the squares of the steps' added, for
     their batches are other examples; that of interpolation is not in it, and one epoch is taken for granted. n: the
     examples of all measured steps.
+
+    Cost: small tables are read.
     Raises: GradscaleError as `gradient_variances`, or if a step is missing.
     Source: Wang and Mao (2021), arXiv 2110.03128; Neu et al. (2021), COLT, theorem 1.
     """
@@ -157,6 +168,8 @@ def perturbation_integral(
     at best roughly, and that of momentum or Adam does not, for which eta_t is no time; and on examples that w_t has not
     seen. The contraction, which closes the gap again, is not in it. Standard error: the squares of the steps' added, of
     V_t as in `variance_sum`. n: the examples of all measured steps.
+
+    Cost: small tables are read.
     Raises: GradscaleError as `variance_sum`, or if examples is not a whole number of at least 2.
     Source: Yang and Chaudhari (2025), arXiv 2504.16450; eps_bar is reconstructed, see `gs.EffectiveGram`.
     """
