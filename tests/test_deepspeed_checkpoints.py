@@ -300,10 +300,10 @@ def peak(call):  # of many samples, while it runs
             samples.append(anonymous())
     thread = threading.Thread(target=sample)
     thread.start()
-    call()
+    while len(samples) <= 20:  # again, where a call is over before it has been looked at
+        call()
     done.set()
     thread.join()
-    assert len(samples) > 10
     return max(samples)
 
 path, dtype = sys.argv[1:]
