@@ -85,7 +85,7 @@ def open_deepspeed(folder: Path, dtype: Dtype) -> Weights:
         states = _there(folder / ZERO3_STATES.format(rank=0), "rank 0's model states, which name the weights")
     saved = _saved(states)
     if not saved.partitioned and dtype == "training":
-        return Weights({name: partial(_itself, tensor) for name, tensor in saved.module.items()})
+        return Weights({name: partial(itself, tensor) for name, tensor in saved.module.items()})
     parameters = _universal(saved, dtype) if is_universal(folder) else _masters(saved, dtype)
     if saved.partitioned:
         parameters |= _frozen(saved)
@@ -93,7 +93,7 @@ def open_deepspeed(folder: Path, dtype: Dtype) -> Weights:
     else:
         kept = {name: tensor for name, tensor in saved.module.items() if name not in parameters}
     tied = {name: of for name, of in saved.tied.items() if of in parameters}
-    as_saved = {name: partial(_itself, tensor) for name, tensor in kept.items() if name not in tied}
+    as_saved = {name: partial(itself, tensor) for name, tensor in kept.items() if name not in tied}
     return Weights(as_saved | parameters, tied)
 
 
@@ -122,7 +122,7 @@ def _there(file: Path, what: str) -> Path:
     return file
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def itself(tensor: Tensor) -> Tensor:
     return tensor.detach()
 
 

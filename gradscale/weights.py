@@ -20,6 +20,7 @@ from gradscale.deepspeed_weights import (
     Dtype,
     Weights,
     is_deepspeed,
+    itself,
     open_deepspeed,
 )
 from gradscale.errors import GradscaleError
@@ -160,14 +161,10 @@ def _open_file(file: Path) -> Weights:
     if file.suffix == ".safetensors":
         return _open_safetensors(file)
     if file.suffix in PICKLE_SUFFIXES:
-        return Weights({name: partial(_itself, t) for name, t in _state_dict(load_pickle(file), file).items()})
+        return Weights({name: partial(itself, t) for name, t in _state_dict(load_pickle(file), file).items()})
     raise GradscaleError(
         f"checkpoint file must end in .safetensors, {', '.join(PICKLE_SUFFIXES)} or .index.json, got {file}; rename it"
     )
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor.detach()
 
 
 def _existing(file: Path, index: Path) -> Path:

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from attach_problems import batch_of, loss_of, made_model
 from engine_problems import held, said
+from rank_problems import serve
 from torch import Tensor
 
 import gradscale as gs
@@ -293,24 +293,10 @@ def kinds() -> Iterator[tuple[Callable[[str, Path], dict[str, Any]], tuple[str, 
     yield killed, ("whole", "killed", "resumed")
 
 
-def main() -> None:
-    import deepspeed
-    from deepspeed.accelerator import set_accelerator
-    from train_digits import GlooOnly
-
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    set_accelerator(GlooOnly())
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
-    for name in names:
-        run = next(function for function, known in kinds() if name in known)
-        torch.save(run(name, folder), folder / f"{name}-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def known(name: str, folder: Path) -> dict[str, Any]:
+    run = next(function for function, names in kinds() if name in names)
+    return run(name, folder)
 
 
 if __name__ == "__main__":
-    main()
+    serve(known)

@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 import torch
 import torch.distributed as dist
 from engine_problems import LENGTH, WIDTH, WORDS, Block, held, masters
+from rank_problems import serve
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -376,24 +376,10 @@ def kinds() -> Iterator[tuple[Callable[[str, Path], dict[str, Any]], tuple[str, 
     yield killed, ("whole", "killed", "resumed")
 
 
-def main() -> None:
-    import deepspeed
-    from deepspeed.accelerator import set_accelerator
-    from train_digits import GlooOnly
-
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    set_accelerator(GlooOnly())
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
-    for name in names:
-        run = next(function for function, known in kinds() if name in known)
-        torch.save(run(name, folder), folder / f"{name}-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def known(name: str, folder: Path) -> dict[str, Any]:
+    run = next(function for function, names in kinds() if name in names)
+    return run(name, folder)
 
 
 if __name__ == "__main__":
-    main()
+    serve(known)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))
 
 import torch
 import torch.distributed as dist
+from rank_problems import serve
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -342,24 +342,5 @@ def refusals(engine: Any, operator: Operator, mine: list[Tensor]) -> dict[str, s
     return found
 
 
-def main() -> None:
-    import deepspeed
-    from deepspeed.accelerator import set_accelerator
-    from train_digits import GlooOnly
-
-    folder, names = Path(sys.argv[1]), sys.argv[2:]
-    set_accelerator(GlooOnly())
-    torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", timeout=timedelta(seconds=60), verbose=False)
-
-    for name in names:
-        torch.save(measured(name), folder / f"{name}-{dist.get_rank()}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    serve(lambda name, _: measured(name))

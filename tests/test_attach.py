@@ -6,9 +6,7 @@ and an evaluation between steps; the oracle is `run_shard` on the same weights a
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,6 +35,7 @@ from attach_problems import (
     made_model,
     made_tokens,
 )
+from rank_problems import environments
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,25 +54,11 @@ Ranks = list[dict[str, Any]]
 
 def launched(folder: Path, names: list[str], ranks: int = 2, kill: bool = False) -> dict[str, Ranks]:
     """What the ranks found: one launch, for starting them takes longer than a case. `kill` them once they are ready."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "GROUP_"))} | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": f"{ranks}",
-    }
     job = [sys.executable, str(ROOT / "tests" / "attach_problems.py"), str(folder), *names]
     logs = [(folder / f"log-{rank}").open("w+") for rank in range(ranks)]
     started = [
-        subprocess.Popen(
-            job, env=common | {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}"}, stdout=log, stderr=subprocess.STDOUT
-        )
-        for rank, log in enumerate(logs)
+        subprocess.Popen(job, env=env, stdout=log, stderr=subprocess.STDOUT)
+        for env, log in zip(environments(ranks), logs, strict=True)
     ]
     try:
         if kill:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -23,6 +21,7 @@ import pytest
 import torch
 from attach_path_problems import CASES, CLIP, POISONED, RATES, SLOW, STEPS, Case, rows_of
 from attach_problems import batch_of, made_model
+from rank_problems import environments
 
 import gradscale as gs
 from gradscale.errors import GradscaleError
@@ -40,25 +39,11 @@ _TRACE, _ABOUT = ("dispersion", "trace_covariance", "all"), ("estimator", "of a 
 
 def launched(folder: Path, names: Iterable[str], codes: tuple[int, int] = (0, 0)) -> dict[str, Ranks]:
     """What the two ranks found: one launch, for starting them takes longer than a case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "GROUP_"))} | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-    }
     job = [sys.executable, str(ROOT / "tests" / "attach_path_problems.py"), str(folder), *names]
     logs = [(folder / f"log-{rank}").open("w+") for rank in (0, 1)]
     ranks = [
-        subprocess.Popen(
-            job, env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=logs[rank], stderr=subprocess.STDOUT
-        )
-        for rank in (0, 1)
+        subprocess.Popen(job, env=env, stdout=log, stderr=subprocess.STDOUT)
+        for env, log in zip(environments(), logs, strict=True)
     ]
     try:
         found = tuple(rank.wait(timeout=280) for rank in ranks)

@@ -7,9 +7,7 @@ Hessian in float64 at the float32 master weights that they found.
 from __future__ import annotations
 
 import io
-import os
 import re
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -19,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from engine_problems import CASES, SLOW, losses, made_batches, made_model
+from rank_problems import environments
 from torch import Tensor
 
 import gradscale as gs
@@ -58,23 +57,10 @@ def whole(ranks: list[dict[str, Any]], name: str) -> Tensor:
 
 def launched(folder: Path, cases: list[str]) -> dict[str, list[dict[str, Any]]]:
     """What the two ranks found of each case: one launch, for starting them takes longer than a case."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "GROUP_"))} | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-    }
     job, logs = [sys.executable, str(ROOT / "tests" / "engine_problems.py"), str(folder), *cases], []
     ranks = []
-    for rank in ("0", "1"):
+    for rank, own in enumerate(environments()):
         logs.append((folder / f"log-{rank}").open("w+"))
-        own = common | {"RANK": rank, "LOCAL_RANK": rank}
         ranks.append(subprocess.Popen(job, env=own, stdout=logs[-1], stderr=subprocess.STDOUT))
     try:
         codes = [rank.wait(timeout=280) for rank in ranks]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from engine_problems import LENGTH, WORDS, losses, made_model
+from rank_problems import environments
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -114,22 +114,9 @@ def in_one_process(name: str, microbatches: int) -> tuple[dict[str, Tensor], gs.
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     """What the two ranks found of each case: one launch, for starting them takes longer than a case."""
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHELASTIC", "GROUP_"))} | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "TORCH_EXTENSIONS_DIR": str(ROOT / ".cache" / "torch_extensions"),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": "2",
-    }
     names, processes, logs = sorted([*CASES, "refusals"], key=lambda name: "zero3" in name), [], []
-    for rank in ("0", "1"):
+    for rank, own in enumerate(environments()):
         logs.append((folder / f"log-{rank}").open("w+"))
-        own = common | {"RANK": rank, "LOCAL_RANK": rank}
         job = [sys.executable, __file__, str(folder), *names]
         processes.append(subprocess.Popen(job, env=own, stdout=logs[-1], stderr=subprocess.STDOUT))
     try:

@@ -27,7 +27,7 @@ from gradscale.run.attach_plan import planned
 from gradscale.run.attach_setup import Setup
 from gradscale.run.attach_step import Block, Part
 from gradscale.run.attach_together import at_first, gathered, rank, together
-from gradscale.run.fold import EstimateRow, flatten, unflatten
+from gradscale.run.fold import EstimateRow, flatten, rows_of, unflatten
 from gradscale.run.job import open_store
 from gradscale.run.plan import Plan, differences
 from gradscale.store.files import Files
@@ -205,16 +205,8 @@ def estimated(
     for statistic, state in states.items():
         if isinstance(statistic, MomentsStatistic):
             check_moments(state, recorded, step)
-    scopes = ["all", "class", *(f"layer:{name}" for name in setup.parameters)]
-
-    def order(item: tuple[tuple[str, str], Any]) -> int:
-        scope = item[0][1]
-        return scopes.index("class" if scope.startswith("class:") else scope)
-
     for measure in setup.measures:
-        found = measure.compute(states[statistic_of(measure)])
-        for (name, scope), estimate in sorted(found.items(), key=order):
-            yield EstimateRow(step, measure.name, name, scope, *estimate)
+        yield from rows_of(setup.parameters, step, measure, measure.compute(states[statistic_of(measure)]))
 
 
 def _columns(setup: Setup, ids: range, blocks: Sequence[Block], stored: Narrowed | None) -> ShardColumns:

@@ -7,7 +7,7 @@ under `field/key`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -76,7 +76,7 @@ def estimate_step(store: Store, plan: Plan, measures: Sequence[Measure], step: i
     return [
         row
         for measure in measures
-        for row in _rows(plan, step, measure, measure.compute(states[statistic_of(measure)]))
+        for row in rows_of(plan.parameters, step, measure, measure.compute(states[statistic_of(measure)]))
     ]
 
 
@@ -92,9 +92,8 @@ def estimate_over_steps(
         row
         for measure in combining
         for upto, step in enumerate(steps, start=1)
-        for row in _rows(
-            plan, step, measure, measure.compute_over_steps([s[statistic_of(measure)] for s in states[:upto]])
-        )
+        for found in (measure.compute_over_steps([s[statistic_of(measure)] for s in states[:upto]]),)
+        for row in rows_of(plan.parameters, step, measure, found)
     ]
 
 
@@ -115,9 +114,9 @@ def _recorded(store: Store, plan: Plan, step: int) -> Recorded | None:
     return Recorded(examples, math.fsum(record["sq_norm"] for record in records))
 
 
-def _rows(plan: Plan, step: int, measure: Measure, estimates: Estimates) -> list[EstimateRow]:
+def rows_of(parameters: Iterable[str], step: int, measure: Measure, estimates: Estimates) -> list[EstimateRow]:
     """Sorted by scope (parameters in the model's order), then in the measure's own order."""
-    position = {f"layer:{name}": j for j, name in enumerate(plan.parameters)}
+    position = {f"layer:{name}": j for j, name in enumerate(parameters)}
 
     def order(item: tuple[tuple[str, str], Estimate]) -> tuple[int, int]:
         scope = item[0][1]
